@@ -1,0 +1,30 @@
+# Two commands matter on a fresh machine: `make report` and `make test`. Each makes .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := report
+.PHONY: report test check lab lock
+
+report: .venv/installed
+	@$(BIN)/papermill notebooks/pretrain.ipynb runs/pretrain/pretrain.ipynb --engine hydra
+
+test: .venv/installed
+	@$(BIN)/python -m pytest
+
+check: .venv/installed
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+lab: .venv/installed
+	@$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+.venv/installed: pyproject.toml requirements.lock scripts/install.sh
+	@bash scripts/install.sh "$(PYTHON)"
+	@touch $@
+
+# torch is installed by itself (CPU or CUDA build), so the lock holds everything else.
+lock: .venv/installed
+	@$(BIN)/pip install --quiet uv
+	@echo "torch==2.13.0; python_version < '3.0'" > .venv/without-torch.txt
+	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+	    --no-header --override .venv/without-torch.txt --output-file requirements.lock

@@ -1,0 +1,25 @@
+"""Errors meant for the person who runs HYDRA: each says what must hold, what was got, and what to do."""
+
+
+class HydraError(Exception):
+    """A problem that the user can mend. Anything else that is raised is a bug of ours."""
+
+
+class ConfigError(HydraError):
+    """A parameter, option or combination of them that cannot be run as asked."""
+
+
+class DataError(HydraError):
+    """A corpus, tokenizer or shard that is missing, empty, changed or damaged."""
+
+
+class CheckpointError(HydraError):
+    """A checkpoint that is missing, damaged, or of another model."""
+
+
+class RunError(HydraError):
+    """A run directory that is owned by another process, holds another config, or ended in failure."""
+
+
+class NotFiniteError(HydraError):
+    """A loss or gradient that is not finite; raised before the optimizer moves."""
