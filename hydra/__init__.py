@@ -1,1 +1,1 @@
-
+"""HYDRA: a workspace for inventing and comparing language-model architectures."""

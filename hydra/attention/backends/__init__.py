@@ -1,0 +1,1 @@
+"""One package per attention backend; hydra.attention.registry knows them by name."""

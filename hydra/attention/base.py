@@ -1,0 +1,137 @@
+"""AttentionBackend: what every attention layer offers, and the protocol of its cache.
+
+B batch, T new tokens, S tokens so far, D model width, K key/value heads, H head width.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from hydra.attention.masks import AttentionContext, TokenHistory, build_context
+from hydra.attention.spec import AttentionSpec
+
+__all__ = ["AttentionBackend", "AttentionCache", "AttentionSpec"]
+
+
+@dataclasses.dataclass
+class AttentionCache:
+    """Keys and values of the tokens so far, in memory taken once. Backends with more state add fields.
+
+    The history counts the tokens; it is extended by whoever builds the AttentionContext, once per forward pass.
+    """
+
+    history: TokenHistory
+    k_BKSH: Tensor
+    v_BKSH: Tensor
+
+    def append(self, k_BKTH: Tensor, v_BKTH: Tensor, n_past: int) -> tuple[Tensor, Tensor]:
+        """Write keys and values of new tokens behind the first n_past, return those of all tokens so far."""
+        stop = n_past + k_BKTH.shape[2]
+        self.k_BKSH[:, :, n_past:stop] = k_BKTH
+        self.v_BKSH[:, :, n_past:stop] = v_BKTH
+        return self.k_BKSH[:, :, :stop], self.v_BKSH[:, :, :stop]
+
+    def state_tensors(self) -> list[Tensor]:
+        """Tensors whose size does not depend on the number of tokens."""
+        return []
+
+
+class AttentionBackend(nn.Module, ABC):
+    """One attention layer, causal, from (B, T, D) to (B, T, D).
+
+    A subclass takes its spec, and defines attend, new_cache and the three counts.
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        context: AttentionContext | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
+        """Attend causally, within documents.
+
+        Args:
+            x_BTD: activations, normalised, any floating dtype.
+            context: made once for all layers by a model (then positions and documents are in it); otherwise made here.
+            positions_BT: integer positions, default counts on from the cache.
+            document_ids_BT: integers; tokens of one document stand together, and see that document only.
+            cache: from new_cache; the tokens go on where it ends, and are added to it. For inference: a backward pass
+                over more than one call on a cache is refused by autograd.
+        Returns:
+            (B, T, D) in the dtype of x_BTD.
+        Raises:
+            ConfigError: the cache is too small, or its document ids are incomplete.
+        """
+        if context is None:
+            history = None if cache is None else cache.history
+            context = build_context(x_BTD, positions_BT, document_ids_BT, history)
+        else:
+            assert positions_BT is None and document_ids_BT is None, "positions and documents belong into the context"
+        return self.attend(x_BTD, context, cache)
+
+    @abstractmethod
+    def attend(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
+        """What forward does, with positions and visibility worked out."""
+
+    @abstractmethod
+    def new_cache(
+        self,
+        batch_size: int,
+        max_tokens: int,
+        *,
+        history: TokenHistory | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionCache:
+        """An empty cache for max_tokens tokens in each of batch_size rows.
+
+        Args:
+            history: the count that the layers of a model share; default one of its own.
+            device, dtype: default those of the layer's parameters.
+        """
+
+    @property
+    @abstractmethod
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that the cache grows by for each token of a sequence, in the dtype of the parameters."""
+
+    @property
+    @abstractmethod
+    def constant_state_bytes(self) -> int:
+        """Bytes of the cache of a sequence that do not depend on its length, in the dtype of the parameters."""
+
+    @abstractmethod
+    def flops(self, n_tokens: int) -> int:
+        """Forward floating-point operations of one sequence of n_tokens tokens, 2 per multiply-add.
+
+        Projections, convolutions and causal score pairs n(n+1)/2; no element-wise work, softmax or biases.
+        """
+
+    def empty_kv(
+        self,
+        batch_size: int,
+        n_kv_heads: int,
+        max_tokens: int,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Memory for keys and values (B, K, S, H), not initialised: only what was written is ever read."""
+        parameter = next(self.parameters())
+        shape = (batch_size, n_kv_heads, max_tokens, self.spec.head_width)
+        device = parameter.device if device is None else device
+        dtype = parameter.dtype if dtype is None else dtype
+        return torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
+
+
+def count_causal_pairs(n_tokens: int) -> int:
+    """Pairs of a query and a key it may see, in one sequence: n(n+1)/2."""
+    return n_tokens * (n_tokens + 1) // 2

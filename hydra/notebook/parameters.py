@@ -1,0 +1,250 @@
+"""A notebook's parameters: which names it assigns, with which values, and where papermill's reading of `-p` misleads.
+
+The cell tagged `parameters` begins with a comment line `# Parameters: ...`; the cell that papermill injects behind it
+begins with the line `# Parameters` and nothing more. That is how a kernel, which sees no tags, tells them apart.
+"""
+
+import ast
+import keyword
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Annotated, Literal, Union
+
+from hydra.errors import ConfigError
+from hydra.runtime import workspace_root
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+DECLARED, INJECTED = "parameters", "injected-parameters"
+COMMENT = "# Parameters"
+RUN_DIR = "run_dir"
+ENGINE_RUN_DIR = "HYDRA_ENGINE_RUN_DIR"
+
+
+def is_batch() -> bool:
+    """Whether this kernel was started by the papermill engine, with nobody looking on."""
+    return ENGINE_RUN_DIR in os.environ
+
+
+def assigned_parameters(nb: "NotebookNode") -> dict[str, object]:
+    """The names that the `parameters` cell and papermill's injected cell assign, with their values, last one winning.
+
+    Raises:
+        ConfigError: there are two `parameters` cells, the cell lacks its comment line, or a cell holds anything
+            but assignments of plain values.
+    """
+    declared = [cell for cell in nb.cells if DECLARED in cell.metadata.get("tags", [])]
+    if len(declared) > 1:
+        raise ConfigError(f"a notebook must have one cell tagged `{DECLARED}`, but has {len(declared)}; merge them")
+    for cell in declared:
+        if _kind_of_cell(cell.source) != DECLARED:
+            raise ConfigError(
+                f"the cell tagged `{DECLARED}` must begin with a comment line such as `{COMMENT}: what one may change`, "
+                f"but begins with {cell.source.partition(chr(10))[0]!r}"
+            )
+    injected = [cell for cell in nb.cells if INJECTED in cell.metadata.get("tags", [])]
+    values: dict[str, object] = {}
+    for cell in declared + injected:
+        values.update(_assignments(cell.source))
+    return values
+
+
+def read_parameters() -> dict[str, object]:
+    """The parameters of the notebook that calls this, in JupyterLab and under papermill alike, `run_dir` left out.
+
+    Names are those that the last executed parameters cell and injected cell assign; values are what they hold now.
+
+    Raises:
+        ConfigError: no parameters cell has been executed, or it holds anything but assignments of plain values.
+    """
+    values = _executed_parameters()
+    values.pop(RUN_DIR, None)
+    return values
+
+
+def run_directory() -> Path:
+    """The run directory of the notebook that calls this: the parameter `run_dir`, or runs/<name of the notebook>.
+
+    Under papermill the engine has decided it before the kernel started.
+
+    Raises:
+        ConfigError: this front end does not tell the notebook's name, and there is no parameter `run_dir`.
+    """
+    if is_batch():
+        return Path(os.environ[ENGINE_RUN_DIR])
+    session = PurePath(os.environ.get("JPY_SESSION_NAME", ""))
+    return resolve_run_dir(_executed_parameters().get(RUN_DIR), session.stem if session.suffix == ".ipynb" else None)
+
+
+def resolve_run_dir(given: object, notebook_name: str | None) -> Path:
+    """The absolute run directory for the parameter `run_dir` (None: not given) of the notebook of that name.
+
+    Raises:
+        ConfigError: it is not a text, or it is not given and the notebook has no name.
+    """
+    if given is None:
+        if notebook_name is None:
+            raise ConfigError(
+                f"the run needs a name, but the notebook's name is not known here; assign {RUN_DIR} in its "
+                f'parameters cell, as {RUN_DIR} = "runs/my-run"'
+            )
+        given = f"runs/{notebook_name}"
+    if not isinstance(given, str) or not given.strip():
+        raise ConfigError(
+            f"{RUN_DIR} must be the path of a folder, but got {given!r} ({type(given).__name__}); "
+            f"papermill's -p makes numbers of what looks like one: use -r {RUN_DIR} runs/my-run"
+        )
+    return (workspace_root() / given).resolve()
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Return if each name can stand on the left of an assignment.
+
+    Raises:
+        ConfigError: one cannot. papermill writes names into the injected cell as they are, so that one may be code.
+    """
+    for name in names:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise ConfigError(f"a parameter's name must be a plain Python name, but got {name!r}; it was not run")
+
+
+def explain_traps(parameters: Mapping[str, object], field_types: Mapping[str, object]) -> dict[str, str]:
+    """For each parameter whose value papermill may have read otherwise than it was meant: what happened, what to do.
+
+    Args:
+        parameters: values as papermill passed them.
+        field_types: for each known name, the type that it must have (a type annotation).
+    """
+    hints = {
+        name: _explain_trap(name, value, frozenset(_kinds(field_types[name])))
+        for name, value in parameters.items()
+        if name in field_types
+    }
+    return {name: hint for name, hint in hints.items() if hint}
+
+
+def with_trap_hints(error: ConfigError, parameters: Mapping[str, object], field_types: Mapping[str, object]) -> ConfigError:
+    """The error with the traps of those parameters that it names explained behind it."""
+    message = str(error)
+    hints = explain_traps(parameters, field_types)
+    return ConfigError("\n".join([message] + [hints[name] for name in hints if re.search(rf"\b{name}\b", message)]))
+
+
+def _explain_trap(name: str, value: object, kinds: frozenset[type]) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if bool in kinds and not kinds & {str, type(value)}:
+        return (
+            f"  (papermill's -p reads only True and False as booleans; false, 0 or no stay text or numbers: "
+            f"-p {name} True or -p {name} False. A numpy bool must be passed as bool(...))"
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        if str in kinds:
+            return f"  (papermill's -p takes a text such as 12e4567 for a number, here {value}: pass it with -r {name} TEXT)"
+        return f"  (papermill's -p reads inf, nan and what is too large for a float, such as 12e4567, as {value}. Text: -r)"
+    if kinds == {str} and not isinstance(value, str):
+        return (
+            f"  (papermill's -p makes numbers of what looks like one (001 becomes 1), and of True, False and None: "
+            f"pass text with -r {name} TEXT)"
+        )
+    if int in kinds and float not in kinds and is_number and not isinstance(value, int):
+        return f"  (papermill's -p reads 1e3 or 5.0 as a float; write whole numbers without point and exponent: -p {name} 1000)"
+    if isinstance(value, str) and kinds & {int, float} and str not in kinds:
+        return (
+            f"  (it came as text, as papermill's -r passes it and as its API passes numpy values: "
+            f"use -p {name} NUMBER, or int(...) or float(...))"
+        )
+    if isinstance(value, str) and kinds & {list, dict} and str not in kinds:
+        example = f"{{{name}: {'{key: value}' if dict in kinds else '[a, b]'}}}"
+        return f"  (papermill's -p and -r pass lists and mappings as text: use -y '{example}')"
+    return ""
+
+
+def _kinds(annotation: object) -> Iterator[type]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        yield from _kinds(arguments[0])
+    elif origin in (Union, types.UnionType):
+        for argument in arguments:
+            yield from _kinds(argument)
+    elif origin is Literal:
+        yield from (type(argument) for argument in arguments)
+    else:
+        kind = origin or annotation
+        assert isinstance(kind, type), annotation
+        if issubclass(kind, Mapping):
+            yield dict
+        elif issubclass(kind, Sequence) and kind is not str:
+            yield list
+        else:
+            yield kind
+
+
+def _kind_of_cell(source: str) -> str | None:
+    first = source.lstrip().partition("\n")[0].strip()
+    if first == COMMENT:
+        return INJECTED
+    return DECLARED if first.startswith(COMMENT) else None
+
+
+def _executed_parameters() -> dict[str, object]:
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        raise ConfigError("parameters can be read in a notebook only, but there is no IPython kernel here")
+    latest = {_kind_of_cell(source): source for source in shell.user_ns["In"]}
+    if DECLARED not in latest and INJECTED not in latest:
+        raise ConfigError(
+            f"the parameters cell must have been executed, but no executed cell begins with `{COMMENT}`; run it first"
+        )
+    names = [name for kind in (DECLARED, INJECTED) for name in _assignments(latest.get(kind, ""))]
+    return {name: shell.user_ns[name] for name in names}
+
+
+def _assignments(source: str) -> dict[str, object]:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise ConfigError(f"a parameters cell must be Python, but its line {error.lineno} is not: {error.msg}") from None
+    values: dict[str, object] = {}
+    for statement in tree.body:
+        try:
+            names, value = _assignment(statement)
+        except ValueError:
+            raise ConfigError(
+                "a parameters cell must hold only assignments of plain values (name = value), but holds "
+                f"`{ast.unparse(statement)}`; compute what depends on parameters in a later cell"
+            ) from None
+        values.update(dict.fromkeys(names, value))
+    return values
+
+
+def _assignment(statement: ast.stmt) -> tuple[list[str], object]:
+    """The names and the value of an assignment. Raises ValueError when it is none, or not of a plain value."""
+    match statement:
+        case ast.Assign(targets=targets, value=expression):
+            pass
+        case ast.AnnAssign(target=target, value=ast.expr() as expression):
+            targets = [target]
+        case _:
+            raise ValueError(statement)
+    names = [target.id for target in targets if isinstance(target, ast.Name)]
+    if len(names) != len(targets):
+        raise ValueError(statement)
+    return names, ast.literal_eval(_PapermillFloats().visit(expression))
+
+
+class _PapermillFloats(ast.NodeTransformer):
+    """papermill writes float('inf') and float('nan'), for which Python has no literal."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        match node:
+            case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value="inf" | "-inf" | "nan" as text)], keywords=[]):
+                return ast.Constant(float(text))
+        return node

@@ -1,0 +1,20 @@
+"""Which parameter is treated how: each stands in exactly one group."""
+
+from typing import Any
+
+from torch import nn
+
+
+def build_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: matrices (two or more axes) with `weight_decay`, and the rest (gains, biases, temperatures).
+
+    Norm gains, biases and temperatures have no scale that decay could regularise, so they get none
+    (Loshchilov and Hutter, arXiv 1711.05101, decay all weights; leaving vectors out is the field's custom since GPT-2).
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]

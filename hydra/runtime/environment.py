@@ -1,0 +1,76 @@
+"""What a run ran on: versions, source, machine; and the choices that were made once for it."""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from hydra.runtime import paths
+
+logger = logging.getLogger(__name__)
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pydantic", "papermill", "nbconvert")
+
+
+def describe_session() -> dict[str, object]:
+    """Versions, source revision and machine of this process, at this time (Unix seconds)."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "started_at": time.time(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "n_cores": len(os.sched_getaffinity(0)),
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "packages": {name: _version(name) for name in PACKAGES},
+        **describe_source(),
+    }
+
+
+def describe_source() -> dict[str, object]:
+    """Commit of the HYDRA checkout that this process imports, and whether files differ from it; None outside of git."""
+    checkout = Path(__file__).parents[2]
+    commit = _git(checkout, "rev-parse", "HEAD")
+    changes = _git(checkout, "status", "--porcelain")
+    return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
+
+
+def record_session(run_dir: Path, session: Mapping[str, object], choices: Mapping[str, object]) -> dict[str, object]:
+    """Append `session` to environment.json and return the choices that hold: those of the first session, for good."""
+    path = run_dir / paths.ENVIRONMENT
+    environment = paths.read_json(path)
+    resolved = environment.get("resolved", dict(choices))
+    sessions = environment.get("sessions", [])
+    assert isinstance(resolved, dict) and isinstance(sessions, list)
+    paths.write_json(path, {"resolved": resolved, "sessions": [*sessions, dict(session)]})
+    return resolved
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        logger.info("git could not be asked for the source revision: %s", error)
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,166 @@
+"""The ledger of a run: who owns it, what it is doing, and how it ended. Written by its one owner, read by anyone."""
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from hydra.errors import RunError
+from hydra.runtime import paths
+from hydra.runtime.processes import ProcessIdentity, current_process
+
+Status = Literal["new", "running", "done", "failed", "interrupted"]
+HEARTBEAT_EVERY_S = 1.0
+# An owner on another machine cannot be asked whether it lives: it is believed while its heartbeat is this fresh.
+FOREIGN_HEARTBEAT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """What `state.json` holds. Times are Unix seconds, durations seconds, `val_*` those of the last evaluation.
+
+    `status` as stored is what the owner last knew; `reconciled` compares it with what is alive.
+    """
+
+    status: Status = "new"
+    stage: str = "not started"
+    step: int = 0
+    max_steps: int = 0
+    tokens: int = 0
+    restarts: int = 0
+    cause: str | None = None
+    message: str | None = None
+    owner: ProcessIdentity | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    heartbeat_at: float | None = None
+    train_s: float = 0.0
+    train_flops: float = 0.0
+    n_parameters: int = 0
+    val_loss_nats: float | None = None
+    val_bits_per_byte: float | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a trainer is at work on it (true of a reconciled status only)."""
+        return self.status == "running"
+
+    @property
+    def pid(self) -> int | None:
+        """The owner's process id, on the owner's machine."""
+        return self.owner.pid if self.owner else None
+
+    def reconciled(self) -> "RunStatus":
+        """The same, but a run whose owner is gone is `interrupted`, whatever its last owner managed to write."""
+        if self.status != "running":
+            return self
+        assert self.owner is not None and self.heartbeat_at is not None
+        if self.owner.is_alive():
+            return self
+        if not self.owner.is_here() and self.owner.host != current_process().host:
+            if time.time() - self.heartbeat_at < FOREIGN_HEARTBEAT_S:
+                return self
+        message = f"its trainer (process {self.owner.pid} on {self.owner.host}) ended without a word"
+        return replace(self, status="interrupted", cause="killed", message=message, ended_at=self.heartbeat_at)
+
+
+def read_status(run_dir: Path) -> RunStatus:
+    """The reconciled status of the run in `run_dir`; `new` where no trainer has begun."""
+    return _read_stored(run_dir).reconciled()
+
+
+def _read_stored(run_dir: Path) -> RunStatus:
+    stored = paths.read_json(run_dir / paths.STATE)
+    owner = stored.pop("owner", None)
+    identity = ProcessIdentity(**owner) if isinstance(owner, Mapping) else None
+    return RunStatus(**stored, owner=identity)  # type: ignore[arg-type]
+
+
+@dataclass
+class Ledger:
+    """The owner's side of `state.json`, held together with the run's lock from `open` until the process ends.
+
+    The lock is flock(2) on `lock`: the kernel frees it however the process ends, so it is never stale.
+    """
+
+    run_dir: Path
+    state: RunStatus
+    _lock_descriptor: int
+    _session_began: float = field(default_factory=time.monotonic)
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _is_finished: bool = False
+    _train_s_before: float = 0.0
+
+    @classmethod
+    def open(cls, run_dir: Path, max_steps: int) -> "Ledger":
+        """Take the run: lock it and write that it is running.
+
+        Raises:
+            RunError: another process owns the run directory.
+        """
+        descriptor = os.open(run_dir / paths.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            owner = read_status(run_dir).pid
+            raise RunError(
+                f"a run directory must have one owner, but {run_dir} is owned by process {owner or '(starting)'}; "
+                "wait for it, watch it from a notebook, or end it with Run.open(...).stop()"
+            ) from None
+        for leftover in run_dir.glob(".*.tmp"):
+            leftover.unlink()
+        before = _read_stored(run_dir)
+        now = time.time()
+        state = replace(
+            before,
+            status="running",
+            stage="starting",
+            max_steps=max_steps,
+            restarts=before.restarts + (before.status != "new"),
+            cause=None,
+            message=None,
+            owner=current_process(),
+            started_at=before.started_at or now,
+            ended_at=None,
+        )
+        ledger = cls(run_dir, state, descriptor, _train_s_before=before.train_s)
+        ledger._write()
+        return ledger
+
+    @property
+    def train_s(self) -> float:
+        """Seconds that trainers have spent on this run, all sessions together."""
+        return self._train_s_before + time.monotonic() - self._session_began
+
+    def update(self, **changes: object) -> None:
+        """Note `changes`; they reach the disk with the next heartbeat, at once when `stage` changes."""
+        with self._guard:
+            at_once = "stage" in changes and changes["stage"] != self.state.stage
+            self.state = replace(self.state, **changes)  # type: ignore[arg-type]
+            heartbeat_at = self.state.heartbeat_at or 0.0
+            if at_once or abs(time.time() - heartbeat_at) >= HEARTBEAT_EVERY_S:
+                self._write()
+
+    def finish(self, status: Status, *, stage: str, cause: str | None = None, message: str | None = None) -> None:
+        """Write how the run ended: the last word. The lock stays until `close` or the process ends."""
+        with self._guard:
+            self.state = replace(
+                self.state, status=status, stage=stage, cause=cause, message=message, ended_at=time.time()
+            )
+            self._write()
+            self._is_finished = True
+
+    def close(self) -> None:
+        """Give the run up."""
+        os.close(self._lock_descriptor)
+
+    def _write(self) -> None:
+        if self._is_finished:
+            return
+        self.state = replace(self.state, heartbeat_at=time.time(), train_s=self.train_s)
+        paths.write_json(self.run_dir / paths.STATE, asdict(self.state))

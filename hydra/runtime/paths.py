@@ -1,0 +1,70 @@
+"""Where a run keeps what, and how files come into being whole."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+CONFIG = "config.json"
+STATE = "state.json"
+ENVIRONMENT = "environment.json"
+MANIFEST = "data.json"
+TOKENIZER = "tokenizer.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+LOG = "trainer.log"
+LOCK = "lock"
+EVENTS = "events"
+CHECKPOINTS = "checkpoints"
+
+
+def workspace_root() -> Path:
+    """The nearest directory at or above the working directory that is a HYDRA checkout, else the working directory.
+
+    Relative paths of runs, data and corpora are relative to it, so that a notebook in `notebooks/` and a command
+    in the checkout mean the same files.
+    """
+    here = Path.cwd()
+    for directory in (here, *here.parents):
+        if (directory / "pyproject.toml").is_file() and (directory / "notebooks").is_dir():
+            return directory
+    return here
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable: a rename survives power loss only after this."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content` beside `path` and rename: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write one JSON object atomically; NaN and infinity are refused, since JSON has no such numbers."""
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The JSON object in `path`, or {} when there is no such file yet."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    assert isinstance(value, dict), path
+    return value

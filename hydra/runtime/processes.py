@@ -1,0 +1,78 @@
+"""Who is alive: a process is its pid, its start time and the machine's boot, so that a reused pid is nobody's."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessIdentity:
+    """One process for as long as it lives. `start_ticks` is in clock ticks since boot (`/proc/<pid>/stat`, field 22)."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+    host: str
+
+    @classmethod
+    def of(cls, pid: int) -> "ProcessIdentity | None":
+        """Who has `pid` now on this machine; None when nobody does, or only a zombie."""
+        start_ticks = _start_ticks(pid)
+        if start_ticks is None:
+            return None
+        return cls(pid=pid, start_ticks=start_ticks, boot_id=boot_id(), host=socket.gethostname())
+
+    def is_here(self) -> bool:
+        """Whether it belongs to this boot of this machine, so that `is_alive` can tell."""
+        return self.boot_id == boot_id()
+
+    def is_alive(self) -> bool:
+        """Whether this very process still runs (on this machine)."""
+        return self.is_here() and _start_ticks(self.pid) == self.start_ticks
+
+
+def boot_id() -> str:
+    """Identifies this boot of this machine (Linux)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def current_process() -> ProcessIdentity:
+    """The calling process."""
+    identity = ProcessIdentity.of(os.getpid())
+    assert identity is not None
+    return identity
+
+
+def _start_ticks(pid: int) -> int | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command name stands in parentheses and may hold spaces: count fields from behind it.
+    state, *rest = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else int(rest[18])
+
+
+def start_process(command: list[str], *, working_dir: Path, log: Path, dies_with_caller: bool) -> "subprocess.Popen[bytes]":
+    """Start `command` in a session of its own, its output appended to `log`.
+
+    Args:
+        dies_with_caller: it gets SIGTERM when the calling process ends, however that ends; else it stays.
+    """
+    if dies_with_caller:
+        # The kernel ties the signal to the thread that starts the process, so that thread has to last.
+        assert threading.current_thread() is threading.main_thread()
+        command = [sys.executable, "-m", "hydra.runtime.die_with_parent", "SIGTERM", str(os.getpid()), *command]
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command,
+            cwd=working_dir,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )

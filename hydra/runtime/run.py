@@ -1,0 +1,140 @@
+"""`Run`: what a notebook, a report or a colleague knows of a run. It reads the run directory and never owns it."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from hydra.errors import CheckpointError, RunError
+from hydra.runtime import paths
+from hydra.runtime.checkpoint import list_checkpoints, load_checkpoint
+from hydra.runtime.ledger import RunStatus, read_status
+from hydra.runtime.records import read_records
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import nn
+
+    Model = TypeVar("Model", bound=nn.Module)
+
+
+class Run:
+    """A run directory, read anew at every call, whoever trains it and wherever it has been moved to."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.name = directory.name
+
+    @classmethod
+    def open(cls, run_dir: str | Path) -> "Run":
+        """The run in `run_dir` (relative to the workspace root).
+
+        Raises:
+            RunError: there is no `config.json` in it.
+        """
+        directory = (paths.workspace_root() / run_dir).resolve()
+        if not (directory / paths.CONFIG).is_file():
+            raise RunError(f"a run directory must hold {paths.CONFIG}, but {directory} does not; start one with launch()")
+        return cls(directory)
+
+    def __repr__(self) -> str:
+        status = self.status()
+        return f"Run({self.name}: {status.status}, step {status.step} of {status.max_steps})"
+
+    def status(self) -> RunStatus:
+        """Where the run stands, reconciled with what is alive."""
+        return read_status(self.directory)
+
+    def config(self) -> dict[str, object]:
+        """The config as it was resolved when the run began."""
+        return paths.read_json(self.directory / paths.CONFIG)
+
+    def metrics(self) -> list[dict[str, object]]:
+        """The records of `metrics.jsonl`, oldest first; keys carry their units."""
+        return read_records(self.directory / paths.METRICS)
+
+    def samples(self) -> list[dict[str, object]]:
+        """Text written by the model during the run: step, prompt, text."""
+        return read_records(self.directory / paths.SAMPLES)
+
+    def manifest(self) -> dict[str, object]:
+        """The data manifest: corpus, tokenizer, splits, yardsticks."""
+        return paths.read_json(self.directory / paths.MANIFEST)
+
+    def environment(self) -> dict[str, object]:
+        """Choices resolved at the first start, and the machine and versions of every session."""
+        return paths.read_json(self.directory / paths.ENVIRONMENT)
+
+    def log_tail(self, n_lines: int) -> str:
+        """The last lines of `trainer.log`."""
+        try:
+            return "\n".join((self.directory / paths.LOG).read_text(errors="replace").splitlines()[-n_lines:])
+        except FileNotFoundError:
+            return ""
+
+    def stop(self, timeout_s: float = 30.0) -> RunStatus:
+        """Ask the trainer to write a checkpoint and end (SIGTERM), and wait until it has.
+
+        Raises:
+            RunError: it runs on another machine, or is still alive after `timeout_s`.
+        """
+        status = self.status()
+        if not status.is_alive or status.owner is None:
+            return status
+        if not status.owner.is_here():
+            raise RunError(f"run {self.name} is trained on {status.owner.host}; stop it there")
+        os.kill(status.owner.pid, signal.SIGTERM)
+        deadline = time.monotonic() + timeout_s
+        while status.owner.is_alive():
+            if time.monotonic() > deadline:
+                raise RunError(f"process {status.owner.pid} must end within {timeout_s} s of SIGTERM, but it has not")
+            time.sleep(0.05)
+        return self.status()
+
+    def raise_for_status(self) -> None:
+        """Return if the run is done.
+
+        Raises:
+            RunError: it is not; the message says what happened and what to do.
+        """
+        status = self.status()
+        if status.status == "done":
+            return
+        advice = {
+            "failed": f"mend the cause (see {self.directory / paths.LOG}) and give the same command again",
+            "interrupted": "give the same command again: it goes on from the last checkpoint",
+            "running": "wait for it",
+            "new": "start it with launch()",
+        }[status.status]
+        happened = ": ".join(part for part in (status.cause, status.message) if part) or status.stage
+        raise RunError(
+            f"run {self.name} must be done, but it is {status.status} at step {status.step} of {status.max_steps} "
+            f"({happened}); {advice}"
+        )
+
+    def load_model(self, build_model: "Callable[[Mapping[str, object]], Model]") -> "Model":
+        """The model with the weights of the newest checkpoint, in evaluation mode, on the CPU.
+
+        Args:
+            build_model: `hydra.model.framework.build_model`; it gets the model spec that the checkpoint carries.
+
+        Raises:
+            CheckpointError: there is no checkpoint yet, or it is damaged.
+        """
+        checkpoints = list_checkpoints(self.directory)
+        if not checkpoints:
+            raise CheckpointError(f"run {self.name} must have a checkpoint, but has none yet; wait for its first one")
+        checkpoint = load_checkpoint(checkpoints[-1], groups=("model",))
+        spec = checkpoint.trainer_state["model_spec"]
+        assert isinstance(spec, Mapping)
+        model = build_model(spec)
+        model.load_state_dict(dict(checkpoint.tensors["model"]), strict=True)
+        return model.eval()
+
+    def load_tokenizer(self) -> "Tokenizer":
+        """The tokenizer the run was trained with."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.directory / paths.TOKENIZER))

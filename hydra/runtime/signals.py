@@ -1,0 +1,39 @@
+"""SIGTERM and SIGINT as a request that the trainer meets at its next step boundary."""
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+
+class StopRequest:
+    """Whether this process was asked to end, and by which signal.
+
+    Signals are read by a thread from a wake-up socket, so that they are seen at once even while the main thread is
+    inside a long call of a compiled library, where Python runs no handlers.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self.when_received: Callable[[str], None] | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the process was asked to end."""
+        return self.signal_name is not None
+
+    def listen(self) -> None:
+        """Catch SIGTERM and SIGINT from now on. Call it from the main thread of a process that is one's own."""
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        # The thread holds both ends: a socket that is collected would close the descriptor that signals write to.
+        threading.Thread(target=self._wait, args=(reader, writer), name="stop-request", daemon=True).start()
+
+    def _wait(self, reader: socket.socket, writer: socket.socket) -> None:
+        while True:
+            self.signal_name = signal.Signals(reader.recv(1)[0]).name
+            if self.when_received is not None:
+                self.when_received(self.signal_name)

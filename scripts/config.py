@@ -1,0 +1,314 @@
+"""The one `TrainingConfig`: every default of HYDRA and every check of it. Importing it does not import torch."""
+
+import dataclasses
+import difflib
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from hydra.attention import check_options
+from hydra.data import DataSpec
+from hydra.errors import ConfigError, RunError
+from hydra.runtime.paths import CONFIG
+
+if TYPE_CHECKING:
+    from hydra.model.framework import ModelSpec
+
+
+def _as_tuple(value: object) -> object:
+    """One path may be given as a plain string, several as a YAML or JSON list."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OptionValue = bool | int | float | str | None
+
+
+@dataclass(
+    frozen=True,
+    kw_only=True,
+    config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True),
+)
+class TrainingConfig:
+    """Everything that decides what a run computes. The defaults are the `debug` preset.
+
+    Raises:
+        pydantic.ValidationError: a field or a combination cannot be run (`preset` and `from_parameters` turn it into
+            a `ConfigError` that a person can read).
+    """
+
+    preset_name: Literal["debug", "tiny"] = "debug"
+    """The preset these values started from; given as the parameter `preset`."""
+
+    # Data
+    corpus: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)] = ("default",)
+    """Text to train on: `default` (Python source of pinned packages), or paths of files and folders of UTF-8 text."""
+    tokenizer: Annotated[str, Field(min_length=1)] = "bpe"
+    """`bpe` (byte-level, trained on the corpus), `bytes`, `characters`, or the path of an existing tokenizer.json."""
+    vocab_size: Annotated[int, Field(ge=257, le=2**31)] = 4096
+    """Entries of a `bpe` vocabulary, special token included; the other tokenizers bring their own size."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
+    """Share of the documents, chosen by the hash of their text, that is kept for validation."""
+    data_dir: Annotated[str, Field(min_length=1)] = "data"
+    """Folder of the tokenized shards, shared by runs; relative to the workspace root."""
+
+    # Model
+    d_model: PositiveInt = 256
+    """Width of the residual stream, in channels."""
+    n_layers: PositiveInt = 4
+    """Number of blocks."""
+    n_heads: PositiveInt = 8
+    """Attention heads; the head width is d_model / n_heads."""
+    attention: str = "ccgqa"
+    """Attention backend of every block; `hydra.attention.available_backends()` lists them."""
+    attention_options: dict[str, OptionValue] = Field(default_factory=dict)
+    """Options of the backend by name, checked against the backend's own spec; left out, its defaults."""
+    feed_forward: Literal["swiglu", "squared_relu"] = "swiglu"
+    """Feed-forward layer: SwiGLU (three matrices) or squared ReLU (two)."""
+    d_feed_forward: PositiveInt = 704
+    """Inner width of the feed-forward layer, in channels."""
+    tie_embeddings: bool = False
+    """Whether the output head shares the embedding's weights."""
+    norm_eps: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Added to the mean square inside RMSNorm."""
+
+    # Optimisation
+    context_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens per row."""
+    batch_size: PositiveInt = 16
+    """Rows per optimizer step, over all micro-batches."""
+    micro_batch_size: PositiveInt = 16
+    """Rows per forward and backward pass; must divide batch_size. Changes memory and rounding, nothing else."""
+    max_steps: PositiveInt = 600
+    """Optimizer steps of the run."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
+    """Peak learning rate of AdamW."""
+    schedule: Literal["warmup_stable_decay", "cosine"] = "warmup_stable_decay"
+    """Shape of the learning rate over the steps."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 30
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
+    decay_fraction: Fraction = 0.5
+    """Share of max_steps, at the end, over which `warmup_stable_decay` falls linearly; `cosine` does not read it."""
+    final_learning_rate_fraction: Fraction = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled weight decay of matrices (per step, times the learning rate); norms, biases and the like have none."""
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """AdamW's decay of the mean of gradients."""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """AdamW's decay of the mean of squared gradients."""
+    adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of AdamW's second moment."""
+    max_gradient_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gradients are scaled down to this L2 norm over all parameters when they exceed it."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds the initial weights, the order of the data and the text samples."""
+
+    # Run
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes a CUDA device when there is one. Chosen once, then kept by the run."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of one operation; 0: all cores this process may use. Chosen once, then kept by the run."""
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: PositiveInt = 150
+    """Steps between two evaluations on the whole validation text; there is one before the first step and at the end."""
+    checkpoint_every: PositiveInt = 150
+    """Steps between two checkpoints; there is one at the end and at SIGTERM as well."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    sample_tokens: Annotated[int, Field(ge=0)] = 120
+    """Tokens of the text sample that is written at each evaluation; 0: no samples."""
+    sample_prompt: str = "def "
+    """What the text samples go on from."""
+
+    def __post_init__(self) -> None:
+        _must(self.batch_size % self.micro_batch_size == 0, "micro_batch_size", "divide batch_size", self.micro_batch_size)
+        _must(self.d_model % self.n_heads == 0, "n_heads", f"divide d_model={self.d_model}", self.n_heads)
+        _must(self.warmup_steps <= self.max_steps, "warmup_steps", f"be at most max_steps={self.max_steps}", self.warmup_steps)
+        if self.schedule == "warmup_stable_decay":
+            n_decay = round(self.decay_fraction * self.max_steps)
+            _must(
+                self.warmup_steps + n_decay <= self.max_steps,
+                "decay_fraction",
+                f"leave room for warmup_steps={self.warmup_steps} within max_steps={self.max_steps}",
+                self.decay_fraction,
+            )
+        try:
+            check_options(self.attention, d_model=self.d_model, n_heads=self.n_heads, options=self.attention_options)
+        except ConfigError as error:
+            raise PydanticCustomError("attention", "{problem}", {"problem": str(error)}) from None
+
+    @classmethod
+    def preset(cls, name: str, **fields: object) -> Self:
+        """The preset `name` with `fields` in place of its own.
+
+        Raises:
+            ConfigError: naming every unknown name, wrong type and impossible combination, with the closest known name.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, but got {name!r}{_closest(str(name), PRESETS)}")
+        known = [field.name for field in dataclasses.fields(cls) if field.name != "preset_name"]
+        problems = [
+            f"{given}: there is no such parameter{_closest(given, ['preset', *known])}"
+            for given in fields
+            if given not in known
+        ]
+        try:
+            config = cls(**{**PRESETS[name], **{k: v for k, v in fields.items() if k in known}, "preset_name": name})
+        except pydantic.ValidationError as error:
+            problems += [_describe(problem) for problem in error.errors()]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return config
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, object]) -> Self:
+        """The config that a notebook's parameters ask for: `preset` and any field by its own name.
+
+        Raises:
+            ConfigError: as `preset` does.
+        """
+        fields = dict(parameters)
+        return cls.preset(str(fields.pop("preset", "debug")), **fields)
+
+    def to_json(self) -> str:
+        """Every field, as config.json holds it."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The config that `to_json` wrote.
+
+        Raises:
+            ConfigError: a field is missing, unknown or invalid; a config holds every field, so that no default that
+                has changed since can slip in.
+        """
+        stored = json.loads(text)
+        missing = [field.name for field in dataclasses.fields(cls) if field.name not in stored]
+        if missing:
+            raise ConfigError(f"a stored config must hold every field, but lacks {', '.join(missing)}; start a new run")
+        return cls.from_parameters({"preset": stored.pop("preset_name"), **stored})
+
+    def data_spec(self) -> DataSpec:
+        """What `hydra.data` needs to know."""
+        return DataSpec(
+            corpus=self.corpus,
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            validation_fraction=self.validation_fraction,
+        )
+
+    def model_spec(self, vocab_size: int | None = None) -> "ModelSpec":
+        """The model; `vocab_size` is that of the tokenizer in use (left out: the config's)."""
+        from hydra.model.framework.spec import ModelSpec
+
+        return ModelSpec(
+            vocab_size=self.vocab_size if vocab_size is None else vocab_size,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            attention=self.attention,
+            attention_options=self.attention_options,
+            feed_forward=self.feed_forward,
+            d_feed_forward=self.d_feed_forward,
+            tie_embeddings=self.tie_embeddings,
+            norm_eps=self.norm_eps,
+        )
+
+    def differences(self, other: "TrainingConfig | None" = None) -> dict[str, tuple[object, object]]:
+        """Fields in which this config differs from `other` (left out: its own preset), as (other's value, own value)."""
+        theirs = asdict(other or TrainingConfig.preset(self.preset_name))
+        return {name: (theirs[name], mine) for name, mine in asdict(self).items() if theirs[name] != mine}
+
+    def papermill_arguments(self) -> list[str]:
+        """The `papermill` arguments that ask for this config, on top of a notebook that assigns nothing but defaults."""
+        arguments = [] if self.preset_name == "debug" else ["-p", "preset", self.preset_name]
+        for name, (_, value) in self.differences().items():
+            if isinstance(value, str):
+                arguments += ["-r", name, value]
+            elif isinstance(value, bool | int | float):
+                arguments += ["-p", name, repr(value)]
+            else:
+                arguments += ["-y", json.dumps({name: value})]
+        return arguments
+
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    # What `make report` trains: 2 CPU cores, a few minutes.
+    "debug": {},
+    # Seconds, for tests and for trying a notebook's wiring.
+    "tiny": {
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "d_feed_forward": 64,
+        "tokenizer": "bytes",
+        "context_length": 32,
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "max_steps": 20,
+        "warmup_steps": 2,
+        "log_every": 1,
+        "eval_every": 10,
+        "checkpoint_every": 5,
+        "sample_tokens": 16,
+    },
+}
+
+
+def refuse_changed_config(config: TrainingConfig, run_dir: Path) -> None:
+    """Return if `run_dir` is new or holds this very config.
+
+    Raises:
+        RunError: it holds another; the message names the differences and the command for a new name.
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        return
+    differences = config.differences(TrainingConfig.from_json(path.read_text()))
+    if not differences:
+        return
+    listed = "\n".join(f"  {name}: {theirs!r} there, {mine!r} asked for" for name, (theirs, mine) in differences.items())
+    new_name = _next_name(run_dir)
+    raise RunError(
+        f"{run_dir} must hold the config that is asked for, but it was started with another:\n{listed}\n"
+        f"For a run of its own give another name: -p run_dir {shlex.quote(str(new_name))}"
+    )
+
+
+def _next_name(run_dir: Path) -> Path:
+    number = 2
+    while run_dir.with_name(f"{run_dir.name}-{number}").exists():
+        number += 1
+    return Path("runs") / f"{run_dir.name}-{number}" if run_dir.parent.name == "runs" else run_dir.with_name(f"{run_dir.name}-{number}")
+
+
+def _must(holds: bool, field: str, what: str, got: object) -> None:
+    if not holds:
+        raise PydanticCustomError("combination", "{problem}", {"problem": f"{field} must {what}, but got {field}={got!r}"})
+
+
+def _closest(name: str, known: "list[str] | Mapping[str, object]") -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _describe(problem: ErrorDetails) -> str:
+    """One line for one of pydantic's findings: the field, what must hold, what was got."""
+    if not problem["loc"]:
+        return problem["msg"]
+    field = str(problem["loc"][0])
+    return f"{field}: {problem['msg'][0].lower()}{problem['msg'][1:]}, but got {problem['input']!r} ({type(problem['input']).__name__})"
+

@@ -1,0 +1,44 @@
+"""Schedules at their corners, and each parameter in exactly one group."""
+
+import pytest
+import torch
+from torch import nn
+
+from hydra.optim import build_parameter_groups, cosine, warmup_stable_decay
+
+
+def test_warmup_stable_decay_corners() -> None:
+    shape = {"max_steps": 100, "warmup_steps": 9, "decay_fraction": 0.4, "final_fraction": 0.1}
+    rate = [warmup_stable_decay(step, **shape) for step in range(101)]
+    assert rate[0] == pytest.approx(0.1)
+    assert rate[9] == 1.0
+    assert rate[10:61] == [1.0] * 51
+    assert rate[61] < 1.0
+    assert rate[100] == pytest.approx(0.1)
+    falls = [before - after for before, after in zip(rate[60:], rate[61:], strict=False)]
+    assert falls == pytest.approx([0.9 / 40] * 40)
+
+
+def test_no_decay_and_no_warmup() -> None:
+    shape = {"max_steps": 10, "warmup_steps": 0, "decay_fraction": 0.0, "final_fraction": 0.0}
+    assert [warmup_stable_decay(step, **shape) for step in range(10)] == [1.0] * 10
+
+
+def test_cosine_corners() -> None:
+    shape = {"max_steps": 110, "warmup_steps": 10, "final_fraction": 0.1}
+    assert cosine(10, **shape) == 1.0
+    assert cosine(60, **shape) == pytest.approx(0.55)
+    assert cosine(110, **shape) == pytest.approx(0.1)
+    assert cosine(0, **shape) == pytest.approx(1 / 11)
+
+
+def test_each_parameter_is_in_exactly_one_group() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 7, bias=False))
+    model[3].weight = model[0].weight  # a tied head counts once
+    decayed, plain = build_parameter_groups(model, weight_decay=0.1)
+    assert [decayed["weight_decay"], plain["weight_decay"]] == [0.1, 0.0]
+    grouped = [*decayed["params"], *plain["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+    assert {id(parameter) for parameter in plain["params"]} == {id(model[1].bias), *map(id, model[2].parameters())}
+    torch.optim.AdamW([decayed, plain], lr=1e-3)

@@ -1,0 +1,93 @@
+"""A checkpoint is whole or does not exist, and a changed byte in it is found."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from hydra.errors import CheckpointError
+from hydra.runtime import checkpoint as module
+from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+
+GROUPS = ("model", "optimizer")
+
+
+def make(step: int) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    weights = {"weight": torch.randn(5, 3, generator=generator), "half": torch.ones(2, dtype=torch.bfloat16)}
+    return Checkpoint({"model": weights, "optimizer": {"weight/step": torch.tensor(float(step))}}, {"step": step})
+
+
+def test_round_trip_keeps_bits_and_only_the_newest(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        save_checkpoint(tmp_path, step, make(step), keep_last=2)
+    assert [directory.name for directory in list_checkpoints(tmp_path)] == ["step-00000010", "step-00000015"]
+    loaded = load_checkpoint(list_checkpoints(tmp_path)[-1], GROUPS)
+    assert loaded.trainer_state == {"step": 15}
+    for group, tensors in make(15).tensors.items():
+        assert loaded.tensors[group].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(loaded.tensors[group][name], tensor)
+            assert loaded.tensors[group][name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    path = save_checkpoint(tmp_path, 1, make(1), keep_last=1) / name
+    content = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        content[-1] ^= 1
+        path.write_bytes(content if damage == "flip" else content[:-3])
+    with pytest.raises(CheckpointError, match=name):
+        load_checkpoint(path.parent, GROUPS)
+
+
+def test_a_failure_at_any_point_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fsync, rename and removal of a second save fails once; the checkpoint of step 1 or 2 is whole each time."""
+    save_checkpoint(tmp_path, 1, make(1), keep_last=1)
+    n_calls, fail_at = 0, 0
+
+    def failing(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal n_calls
+            n_calls += 1
+            if n_calls == fail_at:
+                raise OSError(errno.ENOSPC, "no space left")
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "rename"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    monkeypatch.setattr(module.shutil, "rmtree", failing(module.shutil.rmtree))
+    n_failures = 0
+    while True:
+        n_calls, fail_at = 0, fail_at + 1
+        try:
+            save_checkpoint(tmp_path, 2, make(2), keep_last=1)
+        except OSError:
+            n_failures += 1
+            whole = list_checkpoints(tmp_path)
+            assert whole
+            step = int(whole[-1].name.removeprefix("step-"))
+            assert torch.equal(load_checkpoint(whole[-1], GROUPS).tensors["model"]["weight"], make(step).tensors["model"]["weight"])
+            continue
+        break
+    assert n_failures >= 6
+    assert [directory.name for directory in list_checkpoints(tmp_path)] == ["step-00000002"]
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_directory_without_a_manifest_is_no_checkpoint_and_is_cleared(tmp_path: Path) -> None:
+    half = tmp_path / "checkpoints" / "step-00000009"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    assert list_checkpoints(tmp_path) == []
+    save_checkpoint(tmp_path, 9, make(9), keep_last=1)
+    assert load_checkpoint(half, GROUPS).trainer_state == {"step": 9}

@@ -1,0 +1,118 @@
+"""The ledger tells the truth whoever reads it, and a run has one owner."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from hydra.errors import RunError
+from hydra.runtime import Run, paths
+from hydra.runtime.ledger import Ledger, RunStatus, read_status
+from hydra.runtime.processes import ProcessIdentity, current_process
+
+OWN_AND_WAIT = """
+import sys, time
+from pathlib import Path
+from hydra.runtime.ledger import Ledger
+ledger = Ledger.open(Path(sys.argv[1]), max_steps=10)
+ledger.update(stage="training", step=3)
+print("owned", flush=True)
+time.sleep(60)
+"""
+
+
+def start_owner(run_dir: Path) -> "subprocess.Popen[str]":
+    owner = subprocess.Popen([sys.executable, "-c", OWN_AND_WAIT, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "owned\n"
+    return owner
+
+
+def test_a_run_without_a_ledger_is_new(tmp_path: Path) -> None:
+    assert read_status(tmp_path).status == "new"
+
+
+def test_second_owner_is_refused_and_named_and_a_killed_owner_frees_the_run(tmp_path: Path) -> None:
+    owner = start_owner(tmp_path)
+    try:
+        with pytest.raises(RunError, match=f"one owner.*process {owner.pid}"):
+            Ledger.open(tmp_path, max_steps=10)
+        assert read_status(tmp_path).status == "running"
+    finally:
+        owner.kill()
+    # Not yet reaped: a zombie must not pass for an owner at work.
+    deadline = time.monotonic() + 5
+    while read_status(tmp_path).is_alive:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert (read_status(tmp_path).status, read_status(tmp_path).cause) == ("interrupted", "killed")
+    owner.wait()
+    ledger = Ledger.open(tmp_path, max_steps=10)
+    assert (ledger.state.restarts, ledger.state.step, ledger.state.status) == (1, 3, "running")
+    ledger.close()
+
+
+def test_a_reused_pid_is_not_the_owner(tmp_path: Path) -> None:
+    me = current_process()
+    for imposter in (replace(me, start_ticks=me.start_ticks - 1), replace(me, boot_id="an earlier boot")):
+        state = RunStatus(status="running", owner=imposter, heartbeat_at=time.time())
+        paths.write_json(tmp_path / paths.STATE, asdict(state))
+        assert read_status(tmp_path).status == "interrupted"
+
+
+@pytest.mark.parametrize(("age_s", "expected"), [(5.0, "running"), (600.0, "interrupted")])
+def test_an_owner_on_another_machine_is_judged_by_its_heartbeat(tmp_path: Path, age_s: float, expected: str) -> None:
+    owner = ProcessIdentity(pid=1, start_ticks=1, boot_id="another", host="another-machine")
+    state = RunStatus(status="running", owner=owner, heartbeat_at=time.time() - age_s)
+    paths.write_json(tmp_path / paths.STATE, asdict(state))
+    assert read_status(tmp_path).status == expected
+
+
+def test_the_last_word_stands(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path, max_steps=10)
+    ledger.finish("interrupted", stage="stopped", cause="SIGTERM")
+    ledger.update(stage="training", step=7)
+    assert (read_status(tmp_path).status, read_status(tmp_path).step) == ("interrupted", 0)
+    ledger.close()
+
+
+def _write_for_ever(path: Path) -> None:
+    number = 0
+    while True:
+        number += 1
+        paths.write_json(path, {"number": number, "padding": "x" * 4000})
+
+
+def test_a_reader_never_sees_half_a_file_even_when_the_writer_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    for delay_s in (0.05, 0.11, 0.17, 0.23):
+        writer = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(path,))
+        writer.start()
+        deadline = time.monotonic() + delay_s
+        while time.monotonic() < deadline:
+            if path.exists():
+                assert len(json.loads(path.read_text())["padding"]) == 4000
+        assert writer.pid is not None
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        assert len(json.loads(path.read_text())["padding"]) == 4000
+
+
+def test_run_open_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"config\.json"):
+        Run.open(tmp_path)
+
+
+def test_stop_ends_the_owner(tmp_path: Path) -> None:
+    (tmp_path / paths.CONFIG).write_text("{}")
+    owner = start_owner(tmp_path)
+    status = Run.open(tmp_path).stop(timeout_s=10)
+    assert status.status == "interrupted"
+    assert owner.wait() == -signal.SIGTERM
