@@ -17,7 +17,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from hydra.attention import check_options
 from hydra.data import DataSpec
 from hydra.errors import ConfigError, RunError
-from hydra.runtime.paths import CONFIG
+from hydra.notebook.plan import next_free
+from hydra.runtime.paths import CONFIG, workspace_root
 
 if TYPE_CHECKING:
     from hydra.model.framework import ModelSpec
@@ -52,7 +53,9 @@ class TrainingConfig:
     """The preset these values started from; given as the parameter `preset`."""
 
     # Data
-    corpus: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)] = ("default",)
+    corpus: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_as_tuple)
+    ] = ("default",)
     """Text to train on: `default` (Python source of pinned packages), or paths of files and folders of UTF-8 text."""
     tokenizer: Annotated[str, Field(min_length=1)] = "bpe"
     """`bpe` (byte-level, trained on the corpus), `bytes`, `characters`, or the path of an existing tokenizer.json."""
@@ -195,7 +198,10 @@ class TrainingConfig:
             ConfigError: a field is missing, unknown or invalid; a config holds every field, so that no default that
                 has changed since can slip in.
         """
-        stored = json.loads(text)
+        try:
+            stored = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"a stored config must be JSON, but is not: {error}") from None
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in stored]
         if missing:
             raise ConfigError(f"a stored config must hold every field, but lacks {', '.join(missing)}; start a new run")
@@ -281,18 +287,13 @@ def refuse_changed_config(config: TrainingConfig, run_dir: Path) -> None:
     if not differences:
         return
     listed = "\n".join(f"  {name}: {theirs!r} there, {mine!r} asked for" for name, (theirs, mine) in differences.items())
-    new_name = _next_name(run_dir)
+    new_name = next_free(run_dir)
+    if new_name.is_relative_to(workspace_root()):
+        new_name = new_name.relative_to(workspace_root())
     raise RunError(
         f"{run_dir} must hold the config that is asked for, but it was started with another:\n{listed}\n"
         f"For a run of its own give another name: -p run_dir {shlex.quote(str(new_name))}"
     )
-
-
-def _next_name(run_dir: Path) -> Path:
-    number = 2
-    while run_dir.with_name(f"{run_dir.name}-{number}").exists():
-        number += 1
-    return Path("runs") / f"{run_dir.name}-{number}" if run_dir.parent.name == "runs" else run_dir.with_name(f"{run_dir.name}-{number}")
 
 
 def _must(holds: bool, field: str, what: str, got: object) -> None:

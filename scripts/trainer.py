@@ -22,7 +22,7 @@ from torch import nn
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
 from hydra.errors import ConfigError, HydraError, NotFiniteError, RunError
 from hydra.model.framework import HydraModel, build_model, generate
-from hydra.notebook import is_batch
+from hydra.notebook.parameters import is_batch
 from hydra.optim import build_parameter_groups, cosine, warmup_stable_decay
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
@@ -218,7 +218,8 @@ class Trainer:
 
     def _sample_text(self) -> str:
         tokenizer = self.dataset.tokenizer
-        prompt_ids = [self.dataset.manifest["tokenizer"]["bos_id"], *tokenizer.encode(self.config.sample_prompt).ids]
+        prompt = tokenizer.encode(self.config.sample_prompt, add_special_tokens=False)
+        prompt_ids = [int(self.dataset.manifest["tokenizer"]["bos_id"]), *prompt.ids]
         ids = generate(
             self.model, prompt_ids, self.config.sample_tokens, temperature=0.8, top_k=50, seed=self.config.seed
         )

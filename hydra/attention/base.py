@@ -6,7 +6,6 @@ B batch, T new tokens, S tokens so far, D model width, K key/value heads, H head
 import dataclasses
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor, nn
 
 from hydra.attention.masks import AttentionContext, TokenHistory, build_context
@@ -75,7 +74,8 @@ class AttentionBackend(nn.Module, ABC):
             history = None if cache is None else cache.history
             context = build_context(x_BTD, positions_BT, document_ids_BT, history)
         else:
-            assert positions_BT is None and document_ids_BT is None, "positions and documents belong into the context"
+            assert positions_BT is None, "positions belong into the context"
+            assert document_ids_BT is None, "documents belong into the context"
         return self.attend(x_BTD, context, cache)
 
     @abstractmethod
@@ -83,20 +83,11 @@ class AttentionBackend(nn.Module, ABC):
         """What forward does, with positions and visibility worked out."""
 
     @abstractmethod
-    def new_cache(
-        self,
-        batch_size: int,
-        max_tokens: int,
-        *,
-        history: TokenHistory | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> AttentionCache:
-        """An empty cache for max_tokens tokens in each of batch_size rows.
+    def new_cache(self, batch_size: int, max_tokens: int, *, history: TokenHistory | None = None) -> AttentionCache:
+        """An empty cache for max_tokens tokens in each of batch_size rows, on the device and in the dtype of the layer.
 
         Args:
             history: the count that the layers of a model share; default one of its own.
-            device, dtype: default those of the layer's parameters.
         """
 
     @property
@@ -116,20 +107,11 @@ class AttentionBackend(nn.Module, ABC):
         Projections, convolutions and causal score pairs n(n+1)/2; no element-wise work, softmax or biases.
         """
 
-    def empty_kv(
-        self,
-        batch_size: int,
-        n_kv_heads: int,
-        max_tokens: int,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor]:
+    def empty_kv(self, batch_size: int, n_kv_heads: int, max_tokens: int) -> tuple[Tensor, Tensor]:
         """Memory for keys and values (B, K, S, H), not initialised: only what was written is ever read."""
         parameter = next(self.parameters())
         shape = (batch_size, n_kv_heads, max_tokens, self.spec.head_width)
-        device = parameter.device if device is None else device
-        dtype = parameter.dtype if dtype is None else dtype
-        return torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
+        return parameter.new_empty(shape), parameter.new_empty(shape)
 
 
 def count_causal_pairs(n_tokens: int) -> int:

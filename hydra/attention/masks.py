@@ -12,7 +12,7 @@ from hydra.errors import ConfigError
 
 
 def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    """Bottom-right aligned causal mask (T, S), True = attend: the queries are the last n_queries of the n_keys tokens."""
+    """Bottom-right aligned causal mask (T, S), True = attend: the queries are the last n_queries of n_keys tokens."""
     assert n_queries <= n_keys, (n_queries, n_keys)
     return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
 

@@ -1,4 +1,4 @@
-"""Text on the machine -> shards of tokens -> batches that are a pure function of (manifest, seed, step). Numpy only, no torch."""
+"""Text on the machine -> shards of tokens -> batches that are a pure function of (manifest, seed, step). No torch."""
 
 from hydra.data.build import open_dataset, prepare_dataset
 from hydra.data.corpora import check_corpus

@@ -40,9 +40,9 @@ N_TOKENS_PER_CHUNK = 1 << 24
 def prepare_dataset(spec: DataSpec, data_dir: Path, root: Path) -> Dataset:
     """The dataset that spec describes: opened when data_dir has it, else built first.
 
-    root: what relative paths in spec are relative to. Processes that need the same dataset at once build it once: the others
-    wait. A build that dies leaves nothing that is taken for a dataset. Raises DataError for a corpus, tokenizer or shard that
-    is missing, empty, unfit or damaged.
+    root: what relative paths in spec are relative to. Processes that need the same dataset at once build it once: the
+    others wait. A build that dies leaves nothing that is taken for a dataset. Raises DataError for a corpus, tokenizer
+    or shard that is missing, empty, unfit or damaged.
     """
     corpus = read_corpus(spec, root)
     fingerprint = compute_fingerprint(spec, corpus, root)
@@ -74,8 +74,9 @@ def open_dataset(manifest: Mapping[str, Any], data_dir: Path) -> Dataset:
     directory = data_dir / fingerprint
     if not directory.is_dir():
         raise DataError(
-            f"The shards with the fingerprint {fingerprint} must lie under data_dir={data_dir}, but there is no such folder; "
-            f"set data_dir to where they lie, or prepare the same corpus ({', '.join(manifest['corpus']['names'])}) there"
+            f"The shards with the fingerprint {fingerprint} must lie under data_dir={data_dir}, but there is no such "
+            f"folder; set data_dir to where they lie, or prepare the same corpus "
+            f"({', '.join(manifest['corpus']['names'])}) there"
         )
     check_shards(directory, manifest)
     tokenizer = for_text(Tokenizer.from_file(str(directory / "tokenizer.json")))
@@ -144,7 +145,7 @@ def build_dataset(
 
 
 def _build_beside(spec: DataSpec, corpus: Corpus, directory: Path, root: Path) -> None:
-    """Build in a folder beside and rename it, so that `directory` is there whole or not at all. The caller holds the lock."""
+    """Build beside and rename, so that `directory` is there whole or not at all. The caller holds the lock."""
     started = time.perf_counter()
     log.info("building the dataset %s", directory)
     temporary = directory.with_name(f"{directory.name}.building")
@@ -152,7 +153,7 @@ def _build_beside(spec: DataSpec, corpus: Corpus, directory: Path, root: Path) -
     temporary.mkdir()
     try:
         build_dataset(spec, corpus, temporary, root, fingerprint=directory.name)
-        os.rename(temporary, directory)
+        temporary.rename(directory)
         _sync_folder(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -183,11 +184,13 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
         raise DataError(
-            f"{path} must be the manifest of a finished dataset, but got {error}; delete the folder {directory} and start the "
-            f"run again: it is rebuilt from the corpus"
+            f"{path} must be the manifest of a finished dataset, but got {error}; delete the folder {directory} and "
+            f"start the run again: it is rebuilt from the corpus"
         ) from error
     if not isinstance(manifest, dict) or manifest.get("fingerprint") != directory.name:
-        raise DataError(f"{path} must be a manifest with its folder's name as fingerprint; delete the folder {directory}")
+        raise DataError(
+            f"{path} must be a manifest with its folder's name as fingerprint; delete the folder {directory}"
+        )
     return manifest
 
 

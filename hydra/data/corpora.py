@@ -13,7 +13,7 @@ from hydra.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# The default corpus: torch brings these packages, requirements.lock holds them by hash, so the bytes are the same everywhere.
+# torch brings these packages and requirements.lock holds them by hash, so their bytes are the same everywhere.
 DEFAULT_CORPUS_PACKAGES = {"jinja2": "3.1.6", "mpmath": "1.3.0", "networkx": "3.6.1", "sympy": "1.14.0"}
 DEFAULT_CORPUS_SHA256 = "8de837e1e6e10138572ee321f30594f0b21f04517e9604d994f9781d330cc2e3"
 
@@ -33,11 +33,12 @@ class Corpus:
 
     @property
     def n_documents(self) -> int:
+        """Of both splits."""
         return len(self.train) + len(self.validation)
 
 
 def check_corpus(spec: DataSpec, root: Path) -> None:
-    """Raise DataError unless every part of the corpus is there and holds text, and so is the tokenizer. Reads little: < 1 s.
+    """Raise DataError unless every part of the corpus is there and holds text, and so is the tokenizer. Takes < 1 s.
 
     root: what relative paths are relative to.
     """
@@ -46,8 +47,8 @@ def check_corpus(spec: DataSpec, root: Path) -> None:
             _default_corpus_files()
         elif next(_text_files(name, root, probe_only=True), None) is None:
             raise DataError(
-                f"A corpus must hold text, but {name!r} ({_resolve(name, root)}) has no utf-8 text file that is neither "
-                f"hidden nor blank; give another path"
+                f"A corpus must hold text, but {name!r} ({_resolve(name, root)}) has no utf-8 text file that is "
+                f"neither hidden nor blank; give another path"
             )
     if spec.tokenizer not in TOKENIZER_KINDS and not _resolve(spec.tokenizer, root).is_file():
         raise DataError(
@@ -59,8 +60,9 @@ def check_corpus(spec: DataSpec, root: Path) -> None:
 def read_corpus(spec: DataSpec, root: Path) -> Corpus:
     """Read the whole corpus into memory, cut it into documents and split them.
 
-    One file is one document, except that files longer than a piece (1/64 of the corpus, between 1 KiB and 64 KiB) are cut
-    at line ends into pieces of at most that size: a corpus that is one long file can be split too. Blank files are left out.
+    One file is one document, except that files longer than a piece (1/64 of the corpus, between 1 KiB and 64 KiB) are
+    cut at line ends into pieces of at most that size: a corpus that is one long file can be split too. Blank files are
+    left out.
     """
     check_corpus(spec, root)
     files: list[bytes] = []
@@ -92,11 +94,12 @@ def cut_at_line_ends(text: bytes, piece_bytes: int) -> Iterator[bytes]:
 
 
 def split_documents(documents: list[str], validation_fraction: float) -> tuple[list[str], list[str]]:
-    """(train, validation), by each document's SHA-256: validation is the documents with the smallest hashes, as many as hold
-    validation_fraction of the bytes (the last one may go past it); at least one, and never the one with the largest hash.
+    """(train, validation), by each document's SHA-256, both in corpus order.
 
-    Equal documents have equal hashes and so never stand on both sides; order and names of files do not matter, and a document
-    more or less moves only those whose hashes lie at the border.
+    Validation is the documents with the smallest hashes, as many as hold validation_fraction of the bytes (the last one
+    may go past it); at least one, and never the one with the largest hash. Equal documents have equal hashes and so
+    never stand on both sides; order and names of files do not matter, and a document more or less moves only those
+    whose hashes lie at the border.
     """
     digests = [hashlib.sha256(document.encode()).digest() for document in documents]
     n_bytes_of: dict[bytes, int] = {}
@@ -122,7 +125,7 @@ def split_documents(documents: list[str], validation_fraction: float) -> tuple[l
 
 
 def text_sha256(texts: Iterable[str]) -> str:
-    """SHA-256 over each text's length (8 bytes, little-endian) and utf-8 bytes: other document borders, another hash."""
+    """SHA-256 over each text's length (8 bytes, little-endian) and utf-8 bytes: other borders, another hash."""
     digest = hashlib.sha256()
     for text in texts:
         data = text.encode()
@@ -138,7 +141,7 @@ def _default_corpus_files() -> list[Path]:
     """
     files: list[Path] = []
     for package, wanted in DEFAULT_CORPUS_PACKAGES.items():
-        remedy = f"run `pip install {package}=={wanted}`, or give another corpus"
+        remedy = f"run `pip install --force-reinstall --no-deps {package}=={wanted}`, or give another corpus"
         try:
             distribution = importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError as error:
@@ -157,7 +160,7 @@ def _default_corpus_files() -> list[Path]:
         if missing or not located:
             raise DataError(
                 f"The default corpus is the source of {package}=={wanted}, but its files are not all there (missing: "
-                f"{missing[0] if missing else 'the list of files, RECORD'}); {remedy.replace('install', 'install --force-reinstall')}"
+                f"{missing[0] if missing else 'the list of files, RECORD'}); {remedy}"
             )
         files += located
     return files
@@ -175,8 +178,8 @@ def _read_default_corpus() -> list[bytes]:
     if found != DEFAULT_CORPUS_SHA256:
         packages = " ".join(f"{package}=={version}" for package, version in DEFAULT_CORPUS_PACKAGES.items())
         raise DataError(
-            f"The default corpus must have the SHA-256 {DEFAULT_CORPUS_SHA256}, but the installed source has {found}: a "
-            f"package was changed; run `pip install --force-reinstall --no-deps {packages}`, or give another corpus"
+            f"The default corpus must have the SHA-256 {DEFAULT_CORPUS_SHA256}, but the installed source has {found}: "
+            f"a package was changed; run `pip install --force-reinstall --no-deps {packages}`, or give another corpus"
         )
     return texts
 
@@ -188,8 +191,8 @@ def _resolve(name: str, root: Path) -> Path:
 def _text_files(name: str, root: Path, probe_only: bool = False) -> Iterator[bytes]:
     """The text files that a path names, in order of their relative path, blank ones left out.
 
-    A named file must be utf-8 text. A folder is searched to any depth; in it hidden files and files that are not utf-8 text
-    are passed over. probe_only: yield only each file's beginning, and judge the file by that.
+    A named file must be utf-8 text. A folder is searched to any depth; in it hidden files and files that are not utf-8
+    text are passed over. probe_only: yield only each file's beginning, and judge the file by that.
     """
     path = _resolve(name, root)
     if path.is_file():
@@ -201,8 +204,8 @@ def _text_files(name: str, root: Path, probe_only: bool = False) -> Iterator[byt
         return
     if not path.is_dir():
         raise DataError(
-            f'A corpus must be "{DEFAULT_CORPUS}" or an existing file or folder, but got {name!r} and there is no {path}; '
-            f"correct the path (relative ones start from {root})"
+            f'A corpus must be "{DEFAULT_CORPUS}" or an existing file or folder, but got {name!r} and there is no '
+            f"{path}; correct the path (relative ones start from {root})"
         )
     n_skipped = 0
     for file in _visible_files(path):
@@ -215,7 +218,7 @@ def _text_files(name: str, root: Path, probe_only: bool = False) -> Iterator[byt
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    """Files below folder, sorted by relative path; nothing whose own or whose parents' names below folder start with a dot."""
+    """Files below folder, sorted by relative path, without those in which a name below folder starts with a dot."""
     relative = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     visible = (path for path in relative if not any(part.startswith(".") for part in path.parts))
     return [folder / path for path in sorted(visible, key=lambda path: path.parts)]
@@ -223,11 +226,17 @@ def _visible_files(folder: Path) -> list[Path]:
 
 def _read_text(path: Path, probe_only: bool) -> bytes | None:
     """The file's bytes, line ends and byte order marks as they are; None when they are not utf-8."""
-    with path.open("rb") as file:
-        data = file.read(PROBE_BYTES) if probe_only else file.read()
     try:
-        # final=False: a probe may end in the middle of a character.
-        codecs.getincrementaldecoder("utf-8")().decode(data, final=not probe_only)
+        with path.open("rb") as file:
+            data = file.read(PROBE_BYTES) if probe_only else file.read()
+    except PermissionError as error:
+        raise DataError(
+            f"Every file of a corpus must be readable, but {path} is not; chmod it or leave it out"
+        ) from error
+    try:
+        # A probe may end in the middle of a character, a file may not.
+        is_whole = not probe_only or len(data) < PROBE_BYTES
+        codecs.getincrementaldecoder("utf-8")().decode(data, final=is_whole)
     except UnicodeDecodeError:
         return None
     return data

@@ -1,4 +1,4 @@
-"""Batches from shards: each is a pure function of (manifest, seed, step), so a resumed run and every rank see the same ones.
+"""Batches from shards: pure functions of (manifest, seed, step), so a resumed run and every rank see the same ones.
 
 B rows of the global batch, T tokens of a row.
 """
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     """int64 [B, T]"""
 
     targets_BT: np.ndarray
-    """int64 [B, T]: the token that follows, the next document's BOS_TOKEN included; IGNORE_INDEX where there is none."""
+    """int64 [B, T]: the token that follows, the next document's BOS_TOKEN too; IGNORE_INDEX where there is none."""
 
     document_ids_BT: np.ndarray
     """int64 [B, T]: which document of its row an input belongs to, counted from 0."""
@@ -65,11 +65,11 @@ class Dataset:
     def train_batch(self, step: int, *, seed: int, n_rows: int, n_tokens: int) -> Batch:
         """The global batch of optimizer step `step` >= 0: n_rows rows of n_tokens.
 
-        Row i of the train stream is its tokens i T to i T + T (one more than T: inputs and targets overlap), so each token but
-        the first is a target once per epoch; up to T - 1 tokens at the end of the stream are not used. Every epoch goes
-        through all rows in an order drawn from (seed, epoch); batches run on over the end of an epoch.
+        Row i of the train stream is its tokens i T to i T + T (one more than T: inputs and targets overlap), so each
+        token but the first is a target once per epoch; up to T - 1 tokens at the end are not used. Every epoch
+        goes through all rows in an order drawn from (seed, epoch); batches run on over the end of an epoch.
         """
-        assert step >= 0 and n_rows > 0 and n_tokens > 0, (step, n_rows, n_tokens)
+        assert min(step, n_rows - 1, n_tokens - 1) >= 0, (step, n_rows, n_tokens)
         rows_per_epoch = self.n_train_rows(n_tokens)
         rows_B1 = np.empty((n_rows, n_tokens + 1), dtype=np.int64)
         for b in range(n_rows):
@@ -81,8 +81,8 @@ class Dataset:
     def validation_batches(self, *, n_rows: int, n_tokens: int) -> Iterator[Batch]:
         """All validation tokens in order, each but the first a target exactly once.
 
-        Every batch is [n_rows, n_tokens], so that compiled code sees one shape; after the last token targets are IGNORE_INDEX
-        and inputs BOS_TOKEN.
+        Every batch is [n_rows, n_tokens], so that compiled code sees one shape; after the last token targets are
+        IGNORE_INDEX and inputs BOS_TOKEN.
         """
         n_targets = len(self._validation) - 1
         tokens_per_batch = n_rows * n_tokens
@@ -112,10 +112,8 @@ class Dataset:
 def epoch_order(seed: int, epoch: int, n_rows: int) -> np.ndarray:
     """A permutation of range(n_rows), int64 [n_rows], drawn from (seed, epoch); 0 <= seed < 2**64.
 
-    Sorted raw Philox output (Salmon et al. 2011), because numpy promises that stream for all its versions and does not promise
-    that of Generator.permutation.
+    Sorted raw Philox output (Salmon et al. 2011), because numpy promises that stream for all its versions and does not
+    promise that of Generator.permutation.
     """
     philox = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
     return np.argsort(philox.random_raw(n_rows), kind="stable")
-
-

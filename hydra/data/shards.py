@@ -1,4 +1,4 @@
-"""Shards: files of little-endian integers, written once, read by memory map, checked against the manifest that names them."""
+"""Shards: files of little-endian integers, written once, read by memory map, checked against their manifest."""
 
 import contextlib
 import hashlib
@@ -20,9 +20,10 @@ STAMP_FILE = "verified.json"
 
 
 class ShardWriter:
-    """Writes one split's token stream as <split>-00000.bin, <split>-00001.bin, ... of n_tokens_per_shard tokens each."""
+    """Writes one split's token stream as <split>-00000.bin, <split>-00001.bin, ..."""
 
     def __init__(self, directory: Path, split: str, dtype: str, n_tokens_per_shard: int) -> None:
+        """dtype: "<u2" or "<u4". n_tokens_per_shard: of every shard but the last."""
         self.shards: list[dict[str, Any]] = []  # the manifest's entries of the finished shards
         self._directory, self._split, self._dtype = directory, split, np.dtype(dtype)
         self._n_tokens_per_shard = n_tokens_per_shard
@@ -45,6 +46,7 @@ class ShardWriter:
                 self._finish_shard(self._file)
 
     def close(self) -> None:
+        """Finish the last shard. Every shard is on the disk then."""
         if self._file is not None:
             self._finish_shard(self._file)
 
@@ -65,10 +67,12 @@ class TokenStream:
     """The tokens of consecutive shards as one sequence."""
 
     def __init__(self, directory: Path, shards: Sequence[Mapping[str, Any]], dtype: str) -> None:
+        """shards: their entries in the manifest, in order."""
         self._shards = [np.memmap(directory / shard["file"], dtype=dtype, mode="r") for shard in shards]
         self._starts = np.cumsum([0, *map(len, self._shards)])
 
     def __len__(self) -> int:
+        """Tokens in all shards."""
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -93,9 +97,8 @@ class TokenStream:
 def check_shards(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Raise DataError, naming the file, unless every shard and the tokenizer are what the manifest says.
 
-    The first time each file is read in full (SHA-256) and its size and times are noted in STAMP_FILE beside; while these stay
-    the same the file is not read again. Times are those of the last change to content and (unlike the first, nobody can set it
-    back) to the file at all.
+    The first time each file is read in full (SHA-256) and its size and times are noted in STAMP_FILE beside; while
+    these stay the same the file is not read again. The times are mtime and ctime, since anybody can set mtime back.
     """
     wanted = {"tokenizer.json": manifest["tokenizer"]["sha256"]}
     sizes: dict[str, int] = {}
@@ -119,8 +122,8 @@ def check_shards(directory: Path, manifest: Mapping[str, Any]) -> None:
         found[name] = {**times, "sha256": known["sha256"] if unchanged else file_sha256(path)}
         if found[name]["sha256"] != sha256:
             raise DataError(
-                f"{path} must have the SHA-256 {sha256}, but got {found[name]['sha256']}: it was changed, or is of another "
-                f"build than the manifest; {remedy}"
+                f"{path} must have the SHA-256 {sha256}, but got {found[name]['sha256']}: it was changed, or is of "
+                f"another build than the manifest; {remedy}"
             )
     if found != noted:
         log.info("checked %d files in %s in full", len(found), directory)
@@ -128,6 +131,7 @@ def check_shards(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    """Of the file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -152,7 +156,7 @@ def _write_stamp(directory: Path, stamp: dict[str, dict[str, Any]]) -> None:
     temporary = directory / f"{STAMP_FILE}.{os.getpid()}"
     try:
         temporary.write_text(json.dumps(stamp, indent=1), encoding="utf-8")
-        os.replace(temporary, directory / STAMP_FILE)
+        temporary.replace(directory / STAMP_FILE)
     except OSError as error:
         # A data_dir that one may only read is fine; it costs a full check at every start.
         log.info("cannot note in %s that its files were checked: %s", directory, error)

@@ -18,18 +18,19 @@ class DataSpec:
     """
 
     corpus: tuple[str, ...] = (DEFAULT_CORPUS,)
-    """"default" (the Python source of four pinned packages) or paths of utf-8 text files and folders of them, in order."""
+    """"default" (the Python source of four pinned packages) or paths of utf-8 text files and folders, in order."""
 
     tokenizer: str = "bpe"
     """"bpe" (byte-level, trained on the train split), "bytes", "characters", or the path of a tokenizer.json."""
 
     vocab_size: int = 4096
-    """Entries of the "bpe" vocabulary, with the 256 bytes and the special token; the other tokenizers bring their own."""
+    """Most entries of the "bpe" vocabulary, 256 bytes and special token included; other tokenizers bring their own."""
 
     validation_fraction: float = 0.02
     """About this part of the corpus' bytes, between 0 and 1, is never trained on."""
 
     def __post_init__(self) -> None:
+        """Check the values."""
         if isinstance(self.corpus, str) or not self.corpus or not all(self.corpus):
             raise ConfigError(
                 f"corpus must be a tuple of at least one name or path, but got {self.corpus!r}; "

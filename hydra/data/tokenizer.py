@@ -31,11 +31,13 @@ def tokenizer_identity(spec: DataSpec, root: Path) -> dict[str, str | int]:
 
 
 def build_tokenizer(spec: DataSpec, root: Path, train: Sequence[str], validation: Sequence[str]) -> Tokenizer:
-    """The tokenizer that the spec names, with BOS_TOKEN in its vocabulary; the same bytes from the same text, always."""
+    """The tokenizer that the spec names, with BOS_TOKEN in its vocabulary; from the same text always the same bytes."""
     if spec.tokenizer == "bpe":
         tokenizer = _train_bpe(train, spec.vocab_size)
     elif spec.tokenizer == "bytes":
-        tokenizer = _byte_level(models.BPE(vocab={c: b for b, c in enumerate(_byte_alphabet())}, merges=[]), use_regex=False)
+        tokenizer = _byte_level(
+            models.BPE(vocab={c: b for b, c in enumerate(_byte_alphabet())}, merges=[]), use_regex=False
+        )
     elif spec.tokenizer == "characters":
         characters = sorted(set().union(*train, *validation))
         vocab = {entry: i for i, entry in enumerate([*characters, UNKNOWN_CHARACTER])}
@@ -69,7 +71,7 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> Iterator
     bos_id = tokenizer.token_to_id(BOS_TOKEN)
     with parallel_tokenizing():
         for start in range(0, len(documents), N_DOCUMENTS_PER_CALL):
-            # add_special_tokens=False: a post-processor of a foreign tokenizer would add its own marks to every document.
+            # add_special_tokens=False: a foreign tokenizer's post-processor would add its own marks to every document.
             encodings = tokenizer.encode_batch_fast(
                 list(documents[start : start + N_DOCUMENTS_PER_CALL]), add_special_tokens=False
             )
@@ -81,14 +83,20 @@ def check_lossless(tokenizer: Tokenizer, documents: Sequence[str]) -> None:
     """Raise DataError unless decoding gives each document back: bits per byte of other text would mean nothing."""
     bos_id = tokenizer.token_to_id(BOS_TOKEN)
     for document, ids in zip(documents, encode_documents(tokenizer, documents), strict=True):
+        if bos_id in ids[1:]:
+            raise DataError(
+                f"A tokenizer must keep {BOS_TOKEN} for the start of documents, but this one makes it of text; take it "
+                f"out of the merges and the vocabulary of its tokenizer.json"
+            )
         decoded = tokenizer.decode(ids[1:].tolist(), skip_special_tokens=False)
-        if decoded == document and bos_id not in ids[1:]:
+        if decoded == document:
             continue
-        at = len(os.path.commonprefix([decoded, document]))
+        pairs = zip([*decoded, ""], [*document, ""], strict=False)
+        at = next(i for i, (got, wanted) in enumerate(pairs) if got != wanted)
         raise DataError(
             f"A tokenizer must give every text back unchanged (else bits per byte mean nothing), but this one turned "
-            f"{document[at : at + 20]!r} into {decoded[at : at + 20]!r}; use a tokenizer without a normalizer that changes "
-            f'text and with a decoder that undoes its pre-tokenizer, or tokenizer="bpe"'
+            f"{document[at : at + 20]!r} into {decoded[at : at + 20]!r}; use a tokenizer without a normalizer that "
+            f'changes text and with a decoder that undoes its pre-tokenizer, or tokenizer="bpe"'
         )
 
 
@@ -96,8 +104,8 @@ def check_lossless(tokenizer: Tokenizer, documents: Sequence[str]) -> None:
 def parallel_tokenizing() -> Iterator[None]:
     """Let `tokenizers` use all cores inside, and none afterwards unless the user said otherwise.
 
-    Its thread pool does not survive a fork: a child that used it would hang, and the library warns at every later fork unless
-    its variable is set. "false" afterwards means neither can happen.
+    Its thread pool does not survive a fork: a child that used it would hang, and the library warns at every later fork
+    unless its variable is set. "false" afterwards means neither can happen.
     """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
@@ -131,7 +139,7 @@ def _byte_level(model: models.Model, use_regex: bool) -> Tokenizer:
 
 
 def _byte_alphabet() -> list[str]:
-    """The characters by which `tokenizers` writes the bytes 0 to 255: printable ones are themselves, the rest follow in order."""
+    """The characters by which `tokenizers` writes the bytes 0 to 255: printable ones themselves, then the rest."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     own = {ord(character): character for character in alphabet if ord(character) < 256}
     others = iter([character for character in alphabet if ord(character) >= 256])
@@ -148,7 +156,9 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         settings: Any = json.loads(text)
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # `tokenizers` raises plain Exception for a file that it cannot read
-        raise DataError(f"tokenizer must be a tokenizer.json of the `tokenizers` library, but {path} is not: {error}") from error
+        raise DataError(
+            f"tokenizer must be a tokenizer.json of the `tokenizers` library, but {path} is not: {error}"
+        ) from error
     if settings["model"].get("dropout"):
         raise DataError(
             f"A tokenizer must encode a text always alike, but {path} has dropout={settings['model']['dropout']}; "

@@ -1,6 +1,6 @@
-"""What simple models and compressors reach on the validation text, in bits per byte: the marks a trained model is held against.
+"""What simple models and compressors reach on the validation text, in bits per byte: the marks to hold a model against.
 
-Counted as val_bits_per_byte is: the bits of every validation token but the first, over the utf-8 bytes of the validation text.
+Counted as val_bits_per_byte is: bits of every validation token but the first, over the validation text's utf-8 bytes.
 """
 
 import gzip
@@ -33,14 +33,14 @@ def compute_yardsticks(
     return yardsticks
 
 
-def count_tokens_and_pairs(
-    chunks: Iterable[np.ndarray], vocab_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """counts_V int64 [V]; the distinct neighbours (first * V + second) int64, ascending; how often each occurs, int64."""
+def count_tokens_and_pairs(chunks: Iterable[np.ndarray], vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """counts_V int64 [V]; the distinct neighbours (first * V + second), int64, ascending; how often each occurs."""
     counts_V = np.zeros(vocab_size, dtype=np.int64)
     pairs = np.empty(0, dtype=np.int64)
     n_pairs = np.empty(0, dtype=np.int64)
-    last = np.empty(0, dtype=np.int64)  # the last token of the chunk before: its pair with the next chunk's first counts too
+    last = np.empty(
+        0, dtype=np.int64
+    )  # the last token of the chunk before: its pair with the next chunk's first counts too
     for chunk in chunks:
         counts_V += np.bincount(chunk, minlength=vocab_size)
         tokens = np.concatenate([last, chunk.astype(np.int64)])

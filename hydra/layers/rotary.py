@@ -1,4 +1,4 @@
-"""Rotary position embedding, rotate-half form (Su et al., arXiv 2104.09864, eq. 34; halves instead of pairs as in GPT-NeoX).
+"""Rotary position embedding (Su et al., arXiv 2104.09864, eq. 34), on halves instead of neighbours as in GPT-NeoX.
 
 B batch (or 1, shared by all rows), T tokens, N heads, H head width, R half of the rotated width.
 """
@@ -18,7 +18,7 @@ def compute_rotary(positions_BT: Tensor, width: int, base: float, dtype: torch.d
     Returns:
         cos_BT1R, sin_BT1R with R = width / 2, ready to broadcast over heads.
     """
-    assert width % 2 == 0 and width > 0, width
+    assert width % 2 == 0, width
     dtype = torch.promote_types(dtype, torch.float32)
     exponents_R = torch.arange(0, width, 2, device=positions_BT.device, dtype=dtype) / width
     angles_BT1R = positions_BT[:, :, None, None].to(dtype) * base**-exponents_R

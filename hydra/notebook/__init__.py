@@ -1,0 +1,25 @@
+"""What a notebook calls: its parameters, its run directory, a view of the run, and the sections of its report."""
+
+from hydra.notebook.figures import (
+    show_config,
+    show_corpus,
+    show_curves,
+    show_environment,
+    show_samples,
+    show_yardsticks,
+)
+from hydra.notebook.parameters import is_batch, read_parameters, run_directory
+from hydra.notebook.watch import watch
+
+__all__ = [
+    "is_batch",
+    "read_parameters",
+    "run_directory",
+    "show_config",
+    "show_corpus",
+    "show_curves",
+    "show_environment",
+    "show_samples",
+    "show_yardsticks",
+    "watch",
+]

@@ -45,7 +45,7 @@ def assigned_parameters(nb: "NotebookNode") -> dict[str, object]:
     for cell in declared:
         if _kind_of_cell(cell.source) != DECLARED:
             raise ConfigError(
-                f"the cell tagged `{DECLARED}` must begin with a comment line such as `{COMMENT}: what one may change`, "
+                f"the cell tagged `{DECLARED}` must begin with a comment such as `{COMMENT}: what one may change`, "
                 f"but begins with {cell.source.partition(chr(10))[0]!r}"
             )
     injected = [cell for cell in nb.cells if INJECTED in cell.metadata.get("tags", [])]
@@ -129,7 +129,9 @@ def explain_traps(parameters: Mapping[str, object], field_types: Mapping[str, ob
     return {name: hint for name, hint in hints.items() if hint}
 
 
-def with_trap_hints(error: ConfigError, parameters: Mapping[str, object], field_types: Mapping[str, object]) -> ConfigError:
+def with_trap_hints(
+    error: ConfigError, parameters: Mapping[str, object], field_types: Mapping[str, object]
+) -> ConfigError:
     """The error with the traps of those parameters that it names explained behind it."""
     message = str(error)
     hints = explain_traps(parameters, field_types)
@@ -145,15 +147,15 @@ def _explain_trap(name: str, value: object, kinds: frozenset[type]) -> str:
         )
     if isinstance(value, float) and not math.isfinite(value):
         if str in kinds:
-            return f"  (papermill's -p takes a text such as 12e4567 for a number, here {value}: pass it with -r {name} TEXT)"
-        return f"  (papermill's -p reads inf, nan and what is too large for a float, such as 12e4567, as {value}. Text: -r)"
+            return f"  (papermill's -p takes a text such as 12e4567 for a number, {value}: pass it with -r {name} TEXT)"
+        return f"  (papermill's -p reads inf, nan and what is too large for a float, as 12e4567, as {value}; text: -r)"
     if kinds == {str} and not isinstance(value, str):
         return (
             f"  (papermill's -p makes numbers of what looks like one (001 becomes 1), and of True, False and None: "
             f"pass text with -r {name} TEXT)"
         )
     if int in kinds and float not in kinds and is_number and not isinstance(value, int):
-        return f"  (papermill's -p reads 1e3 or 5.0 as a float; write whole numbers without point and exponent: -p {name} 1000)"
+        return f"  (papermill's -p reads 1e3 and 5.0 as floats; write a whole number in digits: -p {name} 1000)"
     if isinstance(value, str) and kinds & {int, float} and str not in kinds:
         return (
             f"  (it came as text, as papermill's -r passes it and as its API passes numpy values: "
@@ -211,7 +213,9 @@ def _assignments(source: str) -> dict[str, object]:
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
-        raise ConfigError(f"a parameters cell must be Python, but its line {error.lineno} is not: {error.msg}") from None
+        raise ConfigError(
+            f"a parameters cell must be Python, but its line {error.lineno} is not: {error.msg}"
+        ) from None
     values: dict[str, object] = {}
     for statement in tree.body:
         try:
@@ -245,6 +249,8 @@ class _PapermillFloats(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         match node:
-            case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value="inf" | "-inf" | "nan" as text)], keywords=[]):
+            case ast.Call(
+                func=ast.Name(id="float"), args=[ast.Constant(value="inf" | "-inf" | "nan" as text)], keywords=[]
+            ):
                 return ast.Constant(float(text))
         return node

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.notebook.parameters import RUN_DIR, resolve_run_dir
+from hydra.runtime import workspace_root
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -16,11 +19,11 @@ class Request:
     run_dir: Path
 
     def command(self, engine_name: str, arguments: list[str], run_dir: Path) -> str:
-        """The command that runs the notebook with these papermill arguments in that run directory."""
-        shown = _shorten(run_dir)
-        words = ["papermill", self.notebook, f"{shown}/{self.notebook_name}.ipynb", "--engine", engine_name, *arguments]
-        if shown != f"runs/{self.notebook_name}":
-            words += ["-r", "run_dir", shown]
+        """What to type in the present folder to run the notebook with these papermill arguments in `run_dir`."""
+        output = _relative(run_dir / f"{self.notebook_name}.ipynb", Path.cwd())
+        words = ["papermill", self.notebook, output, "--engine", engine_name, *arguments]
+        if run_dir != resolve_run_dir(None, self.notebook_name):
+            words += ["-r", RUN_DIR, _relative(run_dir, workspace_root())]
         return shlex.join(words)
 
 
@@ -52,8 +55,5 @@ def next_free(run_dir: Path) -> Path:
     return run_dir.with_name(f"{run_dir.name}-{number}")
 
 
-def _shorten(path: Path) -> str:
-    from hydra.runtime import workspace_root
-
-    root = workspace_root()
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+def _relative(path: Path, to: Path) -> str:
+    return str(path.relative_to(to) if path.is_relative_to(to) else path)

@@ -14,7 +14,7 @@ class AtomicLocalHandler(LocalHandler):
 
     def write(self, buf: str, path: str) -> None:
         """Save the text `buf` as `path`, which is relative to the folder that papermill was called in."""
-        target = Path(os.path.realpath(os.path.join(self._cwd or "", path)))
+        target = (Path(self._cwd or "") / path).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, buf)
 

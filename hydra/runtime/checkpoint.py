@@ -67,6 +67,7 @@ def _write(final: Path, checkpoint: Checkpoint) -> None:
     files = {file.name: _describe(file) for file in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
     for file in temporary.iterdir():
+        file.chmod(0o644)  # safetensors gives its files to their owner alone; a run is there to be shared
         _sync_file(file)
     paths.sync_directory(temporary)
     os.rename(temporary, final)

@@ -3,7 +3,6 @@
 B batch, T new tokens, S tokens so far, D model width, N query heads, K key/value heads, H head width.
 """
 
-import torch
 from torch import Tensor, nn
 
 from hydra.attention.backends.gqa.spec import GQASpec
@@ -42,18 +41,10 @@ class GroupedQueryAttention(AttentionBackend):
         out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context.mask_B1TS)
         return self.o_proj(out_BNTH.transpose(1, 2).reshape(n_batch, n_tokens, spec.d_model))
 
-    def new_cache(
-        self,
-        batch_size: int,
-        max_tokens: int,
-        *,
-        history: TokenHistory | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> AttentionCache:
+    def new_cache(self, batch_size: int, max_tokens: int, *, history: TokenHistory | None = None) -> AttentionCache:
         """See AttentionBackend.new_cache. Keys are stored after the rotary embedding."""
         history = TokenHistory(batch_size, max_tokens) if history is None else history
-        return AttentionCache(history, *self.empty_kv(batch_size, self.spec.n_kv_heads, max_tokens, device, dtype))
+        return AttentionCache(history, *self.empty_kv(batch_size, self.spec.n_kv_heads, max_tokens))
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -1,0 +1,1 @@
+"""Models. hydra.model.framework builds them."""

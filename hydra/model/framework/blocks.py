@@ -1,0 +1,41 @@
+"""One block of the model: pre-norm attention, then pre-norm feed-forward, each added to the residual stream.
+
+B batch, T tokens, D model width.
+"""
+
+from torch import Tensor, nn
+
+from hydra.attention import build_attention
+from hydra.attention.base import AttentionCache
+from hydra.attention.masks import AttentionContext
+from hydra.layers.feed_forward import SquaredReLU, SwiGLU
+from hydra.model.framework.spec import ModelSpec
+
+FEED_FORWARD_CLASSES: dict[str, type[SwiGLU] | type[SquaredReLU]] = {"squared_relu": SquaredReLU, "swiglu": SwiGLU}
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, spec: ModelSpec, layer_index: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(spec.d_model, eps=spec.norm_eps)
+        self.attention = build_attention(
+            spec.attention,
+            d_model=spec.d_model,
+            n_heads=spec.n_heads,
+            layer_index=layer_index,
+            n_layers=spec.n_layers,
+            **spec.attention_options,
+        )
+        self.feed_forward_norm = nn.RMSNorm(spec.d_model, eps=spec.norm_eps)
+        self.feed_forward = FEED_FORWARD_CLASSES[spec.feed_forward](spec.d_model, spec.d_feed_forward)
+
+    def forward(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); the context is that of this forward pass, the cache that of this layer."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context, cache=cache)
+        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+
+    def flops(self, n_tokens: int) -> int:
+        """Forward floating-point operations of one sequence, causal pairs; matrices and convolutions only."""
+        return self.attention.flops(n_tokens) + self.feed_forward.flops(n_tokens)

@@ -1,0 +1,35 @@
+"""build_model: from a ModelSpec to an initialised HydraModel."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hydra.model.framework.initialisation import initialise
+from hydra.model.framework.model import HydraModel
+from hydra.model.framework.spec import ModelSpec
+
+
+def build_model(
+    spec: ModelSpec | Mapping[str, Any],
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> HydraModel:
+    """Build a model and initialise it; the global random state is neither read nor changed.
+
+    Built on the meta device first, so that memory is taken once and a parameter that was not initialised cannot hide
+    behind a library's default.
+
+    Args:
+        spec: what to build; a mapping is what ModelSpec.to_dict gave, as a checkpoint carries it.
+        seed: of the initial weights; each parameter depends on it and on the parameter's name only.
+        device, dtype: where the parameters shall live, and as what.
+    """
+    if not isinstance(spec, ModelSpec):
+        spec = ModelSpec.from_dict(spec)
+    with torch.device("meta"):
+        model = HydraModel(spec)
+    model = model.to(dtype).to_empty(device=device)
+    initialise(model, seed, spec.n_layers)
+    return model

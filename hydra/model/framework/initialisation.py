@@ -1,0 +1,76 @@
+"""How every parameter starts: one table, each parameter matched by exactly one row.
+
+A parameter's first values depend on the seed and its name, never on the order of construction, the device, or what else
+the model holds. Standard deviation 0.02, and 0.02 / sqrt(2 L) for what adds to the residual stream of L layers (GPT-2);
+convolutions 0.02 with bias 0 as in the released ZAYA code; the temperature exp(temp) of ccgqa starts at 1.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+STANDARD_DEVIATION = 0.02
+
+Rule = Callable[[Tensor, torch.Generator, int], None]
+"""Fills a float32 CPU tensor, given the parameter's generator and the number of layers."""
+
+
+def fill_normal(values: Tensor, generator: torch.Generator, n_layers: int) -> None:
+    """Normal with the standard deviation of the file."""
+    values.normal_(0.0, STANDARD_DEVIATION, generator=generator)
+
+
+def fill_normal_residual(values: Tensor, generator: torch.Generator, n_layers: int) -> None:
+    """Normal, scaled down so that the residual stream's variance does not grow with depth."""
+    values.normal_(0.0, STANDARD_DEVIATION / math.sqrt(2 * n_layers), generator=generator)
+
+
+def fill_zeros(values: Tensor, generator: torch.Generator, n_layers: int) -> None:
+    """Zeros."""
+    values.zero_()
+
+
+def fill_ones(values: Tensor, generator: torch.Generator, n_layers: int) -> None:
+    """Ones."""
+    values.fill_(1.0)
+
+
+INITIALISATION: tuple[tuple[str, Rule], ...] = (
+    (r"embedding\.weight", fill_normal),
+    (r"head\.weight", fill_normal),
+    (r"final_norm\.weight", fill_ones),
+    (r"blocks\.\d+\.(attention|feed_forward)_norm\.weight", fill_ones),
+    (r"blocks\.\d+\.attention\.(q|k|v|v_previous)_proj\.weight", fill_normal),
+    (r"blocks\.\d+\.attention\.o_proj\.weight", fill_normal_residual),
+    (r"blocks\.\d+\.attention\.conv[01]\.weight", fill_normal),
+    (r"blocks\.\d+\.attention\.conv[01]\.bias", fill_zeros),
+    (r"blocks\.\d+\.attention\.temp", fill_zeros),
+    (r"blocks\.\d+\.feed_forward\.(gate|up)\.weight", fill_normal),
+    (r"blocks\.\d+\.feed_forward\.down\.weight", fill_normal_residual),
+)
+
+
+def find_rule(name: str) -> Rule:
+    """The one rule of the table for the parameter of this name."""
+    rules = [rule for pattern, rule in INITIALISATION if re.fullmatch(pattern, name)]
+    assert len(rules) == 1, f"a parameter must have one row in INITIALISATION, but got {len(rules)} for {name}"
+    return rules[0]
+
+
+def build_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the parameter's name only."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int, n_layers: int) -> None:
+    """Fill every parameter of the model by its rule. Drawn in float32 on the CPU, then rounded and moved."""
+    for name, parameter in model.named_parameters():
+        values = torch.empty(parameter.shape, dtype=torch.float32)
+        find_rule(name)(values, build_generator(seed, name), n_layers)
+        parameter.copy_(values)

@@ -1,0 +1,116 @@
+"""HydraModel: a decoder-only language model over any attention backend.
+
+B batch, T tokens, D model width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hydra.attention.base import AttentionCache
+from hydra.attention.masks import TokenHistory, build_context
+from hydra.model.framework.blocks import Block
+from hydra.model.framework.spec import ModelSpec
+
+IGNORE_INDEX = -100
+"""Target where nothing is to be predicted."""
+
+
+class ModelOutput(NamedTuple):
+    """With targets: losses and n_valid_tokens. Without: logits_BTV."""
+
+    losses: dict[str, Tensor]
+    """Loss terms by name, scalars: sums in nats over the valid targets, in float32 (float64 if the model is in it)."""
+    n_valid_tokens: Tensor | None
+    """How many targets are not IGNORE_INDEX, int64 scalar."""
+    logits_BTV: Tensor | None
+    """In the dtype of the model."""
+
+
+@dataclasses.dataclass
+class ModelCache:
+    """Caches of all layers, and the count of tokens that they share."""
+
+    history: TokenHistory
+    layers: list[AttentionCache]
+
+
+class HydraModel(nn.Module):
+    """Embedding, pre-norm blocks, RMSNorm, head. Build it with build_model, which also initialises it."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.blocks = nn.ModuleList(Block(spec, layer_index) for layer_index in range(spec.n_layers))
+        self.final_norm = nn.RMSNorm(spec.d_model, eps=spec.norm_eps)
+        # A tied head is no parameter of its own, so that nothing can untie it: not to_empty, not a checkpoint.
+        if not spec.tie_embeddings:
+            self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix (V, D) that makes logits."""
+        return self.embedding.weight if self.spec.tie_embeddings else self.head.weight
+
+    def forward(
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        cache: ModelCache | None = None,
+    ) -> ModelOutput:
+        """Predict the next token of every token.
+
+        Args:
+            inputs_BT: token ids, int64.
+            targets_BT: token ids to predict, int64, IGNORE_INDEX where there is nothing to predict.
+            document_ids_BT: integers; tokens of one document stand together and see that document only.
+            cache: from new_cache; the tokens go on where it ends.
+        Raises:
+            ConfigError: the cache is too small, or its document ids are incomplete.
+        """
+        x_BTD = self.embedding(inputs_BT)
+        context = build_context(
+            x_BTD, document_ids_BT=document_ids_BT, history=None if cache is None else cache.history
+        )
+        for layer_index, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, context, None if cache is None else cache.layers[layer_index])
+        logits_BTV = F.linear(self.final_norm(x_BTD), self.head_weight)
+        if targets_BT is None:
+            return ModelOutput({}, None, logits_BTV)
+        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        cross_entropy = F.cross_entropy(
+            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        return ModelOutput({"cross_entropy": cross_entropy}, (targets_BT != IGNORE_INDEX).sum(), None)
+
+    def new_cache(self, batch_size: int, max_tokens: int) -> ModelCache:
+        """An empty cache for max_tokens tokens in each of batch_size rows, on the model's device and in its dtype."""
+        history = TokenHistory(batch_size, max_tokens)
+        layers = [block.attention.new_cache(batch_size, max_tokens, history=history) for block in self.typed_blocks()]
+        return ModelCache(history, layers)
+
+    def typed_blocks(self) -> Iterable[Block]:
+        """The blocks, of their own type: ModuleList has none."""
+        return cast("Iterable[Block]", self.blocks)
+
+    def n_parameters(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward_flops(self, n_tokens: int) -> int:
+        """Forward floating-point operations of one sequence: matrices, convolutions, causal pairs, head; 2 per MAC."""
+        head = 2 * self.spec.d_model * self.spec.vocab_size * n_tokens
+        return head + sum(block.flops(n_tokens) for block in self.typed_blocks())
+
+    def flops_per_token(self, n_tokens: int) -> float:
+        """Training floating-point operations for each token of sequences of n_tokens: three times the forward ones.
+
+        The backward pass is counted as twice the forward pass, recomputation not at all; causal score pairs.
+        """
+        return 3 * self.forward_flops(n_tokens) / n_tokens

@@ -1,0 +1,280 @@
+"""The papermill engine: everything is checked before anything starts, and what is left behind afterwards is true.
+
+A subclass says what a parameter may be (`plan`); this module never learns what a config is. papermill's command exits
+with 0 when the run is done, 1 when it failed, 2 when what was asked for cannot be run (nothing was started or
+written), 75 when it was cut off and the same command goes on.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path, PurePath
+from types import FrameType
+from typing import ClassVar
+
+import click
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+from papermill.engines import Engine
+from papermill.exceptions import PapermillExecutionError
+from papermill.log import logger
+
+from hydra.errors import HydraError
+from hydra.notebook.interruption import Interruption
+from hydra.notebook.kernel import BatchClient, TruthfulManager
+from hydra.notebook.parameters import ENGINE_RUN_DIR, RUN_DIR, assigned_parameters, check_names, resolve_run_dir
+from hydra.notebook.plan import Plan, Request
+from hydra.notebook.progress import Progress
+from hydra.notebook.storage import make_local_saves_atomic, save_copy
+from hydra.runtime import Run, RunStatus
+
+START_TIMEOUT_S = 180
+IOPUB_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 30.0
+FAILED, REJECTED, RESUMABLE = 1, 2, 75
+# sys.exit() in a cell ends the notebook early and is no failure, to papermill as to Python.
+CLEAN_EXITS = (("SystemExit", ""), ("SystemExit", "0"))
+
+
+class BatchError(HydraError, click.ClickException):
+    """How a batch run ended when not well; papermill's command prints the message and exits with `exit_code`."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """`exit_code` is what the command exits with."""
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]
+
+
+class NotebookEngine(Engine):
+    """Base of an engine; a subclass gives its name and `plan`."""
+
+    engine_name: ClassVar[str]
+
+    @classmethod
+    def plan(cls, request: Request) -> Plan:
+        """Check all that can be checked without starting or writing anything.
+
+        Raises:
+            HydraError: what is asked for cannot be run.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def execute_notebook(
+        cls,
+        nb: NotebookNode,
+        kernel_name: str,
+        output_path: str | None = None,
+        progress_bar: bool = True,
+        log_output: bool = False,
+        autosave_cell_every: int = 30,
+        **options: object,
+    ) -> NotebookNode:
+        """Check, execute, report. Called by papermill, with its own options.
+
+        Raises:
+            BatchError: see `exit_code`.
+            PapermillExecutionError: a cell raised.
+        """
+        try:
+            plan = cls.plan(_read_request(nb))
+        except HydraError as error:
+            raise BatchError(str(error), REJECTED) from error
+        make_local_saves_atomic()
+        manager = TruthfulManager(
+            nb,
+            output_path=output_path,
+            log_output=log_output,
+            progress_bar=False,
+            autosave_cell_every=autosave_cell_every,
+        )
+        return _Batch(plan, manager).execute(kernel_name, shows_progress=bool(progress_bar), options=options)
+
+
+class _Batch:
+    """One execution of one notebook."""
+
+    def __init__(self, plan: Plan, manager: TruthfulManager) -> None:
+        self._plan = plan
+        self._manager = manager
+        self._nb: NotebookNode = manager.nb
+        self._run = Run(plan.run_dir)
+        # A run that someone else trains already is watched here, and goes on when this job ends.
+        status = self._run.status()
+        self._other_owner = status.owner if status.is_alive else None
+        self._interruption = Interruption()
+        self._failure: str | None = None
+        self._status_at_failure: RunStatus | None = None
+
+    def execute(self, kernel_name: str, *, shows_progress: bool, options: dict[str, object]) -> NotebookNode:
+        """Execute the cells; then, however that ended, leave everything in a true state."""
+        with self._interruption:
+            try:
+                with Progress(self._run, len(self._nb.cells), shown=shows_progress) as progress:
+                    self._manager.notebook_start()
+                    self._execute_cells(kernel_name, progress, **options)  # type: ignore[arg-type]
+            except BaseException as error:
+                self._abort(error)
+                self._conclude(error)
+                raise
+            self._conclude(None)
+        return self._nb
+
+    def _execute_cells(
+        self,
+        kernel_name: str,
+        progress: Progress,
+        *,
+        input_path: str | None = None,
+        start_timeout: int = 0,
+        execution_timeout: int | None = None,
+        **traits: object,
+    ) -> None:
+        with tempfile.TemporaryDirectory(prefix="hydra-", ignore_cleanup_errors=True) as socket_directory:
+            client = BatchClient(
+                self._manager,
+                socket_directory=Path(socket_directory),
+                on_cell=progress.begin_cell,
+                on_abort=self._abort,
+                kernel_name=kernel_name,
+                timeout=execution_timeout,
+                startup_timeout=max(START_TIMEOUT_S, start_timeout),
+                iopub_timeout=IOPUB_TIMEOUT_S,
+                store_widget_state=False,
+                log=logger,
+                log_output=self._manager.log_output,
+                **traits,
+            )
+            client.execute(env={**os.environ, ENGINE_RUN_DIR: str(self._plan.run_dir)})
+
+    def _abort(self, error: BaseException) -> tuple[str, str]:
+        """Why the execution cannot go on, as an error's name and text. The first call counts."""
+        self._interruption.disarm()
+        match error:
+            case DeadKernelError():
+                name, text = "KernelDied", "the kernel was killed, or ended by itself"
+            case CellTimeoutError():
+                name, text = "CellTimeout", "the cell took longer than --execution-timeout allows"
+            case CellExecutionError():
+                name, text = error.ename, error.evalue
+            case _:
+                name, text = type(error).__name__, str(error)
+        if self._failure is None and (name, text) not in CLEAN_EXITS:
+            self._failure = f"{name}: {text}"
+            self._status_at_failure = self._run.status()
+        return name, text
+
+    def _note_cell_error(self) -> None:
+        for cell in self._nb.cells:
+            for output in cell.get("outputs", []):
+                is_failure = output.output_type == "error" and (output.ename, output.evalue) not in CLEAN_EXITS
+                if is_failure and self._failure is None:
+                    self._failure = f"{output.ename}: {output.evalue}"
+                    self._status_at_failure = self._run.status()
+
+    def _stop_own_run(self) -> None:
+        """End the trainer that this job started, with a checkpoint. (It also ends by itself when the kernel dies.)"""
+        status = self._run.status()
+        if not status.is_alive or status.owner == self._other_owner:
+            return
+        try:
+            self._run.stop(STOP_TIMEOUT_S)
+        except HydraError as error:
+            logger.warning("%s", error)
+
+    def _conclude(self, error: BaseException | None) -> None:
+        """Save the notebook, end what this job started, write the report; then say how it went.
+
+        Returns when all is well, or when `error` itself is the best account of it.
+        """
+        # papermill.execute imports papermill.engines, and that imports this module: at the top it is not there yet.
+        from papermill.execute import raise_for_execution_errors
+
+        from hydra.notebook.report import render_report
+
+        self._interruption.disarm()
+        self._note_cell_error()
+        if self._failure is not None:
+            self._stop_own_run()
+        self._manager.notebook_complete(failed=self._failure is not None)
+        plan, output_path = self._plan, self._nb.metadata.papermill["output_path"]
+        try:
+            report = render_report(self._nb, plan, self._failure)
+            if error is None:
+                raise_for_execution_errors(self._nb, output_path)
+        except PapermillExecutionError as cell_error:
+            if self._was_cut_off(cell_error):
+                raise self._cut_off(report) from cell_error
+            raise
+        finally:
+            save_copy(self._nb, plan.run_dir / f"{plan.notebook_name}.ipynb", output_path)
+        if error is None:
+            self._say_all_is_well(report, to_stderr=output_path == "-")
+        elif self._was_cut_off(error):
+            raise self._cut_off(report) from error
+
+    def _cut_off(self, report: Path) -> BatchError:
+        status = self._run.status()
+        goes_on = f"The run goes on as process {status.pid}" if status.is_alive else "The same command goes on"
+        return BatchError(f"{self._failure}\n{goes_on}: {self._plan.command}\nreport: {_shown(report)}", RESUMABLE)
+
+    def _say_all_is_well(self, report: Path, *, to_stderr: bool) -> None:
+        from hydra.notebook.report import answer_line
+
+        status = self._run.status()
+        if status.status not in ("done", "new"):
+            raise BatchError(
+                f"the notebook ended, but its run is {status.status} at step {status.step} of {status.max_steps}\n"
+                f"The same command goes on: {self._plan.command}\nreport: {_shown(report)}",
+                FAILED if status.status == "failed" else RESUMABLE,
+            )
+        for line in [*answer_line(self._run), f"report: {_shown(report)}"]:
+            click.echo(line, err=to_stderr)
+
+    def _was_cut_off(self, error: BaseException) -> bool:
+        """Whether the same command goes on where this one ended."""
+        status = self._run.status()
+        if status.status == "failed":
+            return False
+        if isinstance(error, DeadKernelError | KeyboardInterrupt):
+            return True
+        assert self._status_at_failure is not None
+        if isinstance(error, CellTimeoutError):
+            return status.status == "interrupted"
+        # A cell's error is the run's when the run had been cut off by then; else it is the notebook's own.
+        return self._status_at_failure.status == "interrupted"
+
+
+def silence_unknown_parameters(engine_name: str) -> None:
+    """Keep papermill from logging "Passed unknown parameter" when `engine_name` executes the notebook.
+
+    It logs this for every name that the parameters cell does not assign, before the engine is called; the engine
+    checks names strictly, so that the line is always wrong.
+    """
+
+    def is_welcome(record: logging.LogRecord) -> bool:
+        if not record.getMessage().startswith("Passed unknown parameter"):
+            return True
+        from papermill.execute import execute_notebook
+
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code is not execute_notebook.__code__:
+            frame = frame.f_back
+        return frame is None or frame.f_locals["engine_name"] != engine_name
+
+    logger.addFilter(is_welcome)
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path)
+
+
+def _read_request(nb: NotebookNode) -> Request:
+    record = nb.metadata.papermill
+    check_names(list(record.get("parameters", {})))
+    parameters = assigned_parameters(nb)
+    notebook = record.get("input_path")
+    name = PurePath(notebook).stem if isinstance(notebook, str) and notebook != "-" else None
+    run_dir = resolve_run_dir(parameters.pop(RUN_DIR, None), name)
+    return Request(notebook=str(notebook), notebook_name=name or run_dir.name, parameters=parameters, run_dir=run_dir)

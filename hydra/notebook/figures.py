@@ -1,0 +1,255 @@
+"""The sections of a notebook and its report. Each reads the run directory only, and says when there is nothing yet."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Protocol
+
+from hydra.notebook.markup import Section, escape, facts, figure, format_bytes, format_number, table
+from hydra.runtime import Run
+
+YARDSTICKS = {
+    "unigram_bits_per_byte": "unigram model",
+    "bigram_bits_per_byte": "bigram model",
+    "gzip_9_bits_per_byte": "gzip -9",
+    "xz_9_bits_per_byte": "xz -9",
+}
+MAX_SAMPLES = 6
+
+
+class Config(Protocol):
+    """What a config must offer to be shown."""
+
+    def to_json(self) -> str:
+        """Every field as a JSON object."""
+
+    def differences(self) -> dict[str, tuple[object, object]]:
+        """Fields that differ from the preset, as (the preset's value, own value)."""
+
+
+def show_corpus(run: Run) -> None:
+    """Display what the run is trained on: size, documents, hash, split."""
+    corpus_section(run).show()
+
+
+def show_config(config: Config) -> None:
+    """Display every field of the config; what differs from the preset is marked."""
+    config_section(json.loads(config.to_json()), config.differences()).show()
+
+
+def show_curves(run: Run) -> None:
+    """Display loss, validation bits per byte, learning rate, gradient norm, speed and memory over the steps."""
+    curves_section(run).show()
+
+
+def show_samples(run: Run) -> None:
+    """Display text that the model wrote at several points of the run."""
+    samples_section(run).show()
+
+
+def show_yardsticks(run: Run) -> None:
+    """Display the model beside simple models and compressors, on the same validation text."""
+    yardsticks_section(run).show()
+
+
+def show_environment(run: Run) -> None:
+    """Display versions, hardware and code of every session that trained the run."""
+    environment_section(run).show()
+
+
+def corpus_section(run: Run) -> Section:
+    """See `show_corpus`."""
+    manifest = run.manifest()
+    if not manifest:
+        return _nothing("corpus", "The corpus has not been prepared.")
+    corpus, tokenizer, splits = (
+        _mapping(manifest["corpus"]),
+        _mapping(manifest["tokenizer"]),
+        _mapping(manifest["splits"]),
+    )
+    names = ", ".join(str(name) for name in _sequence(corpus["names"]))
+    said = f"{names}: {corpus['n_documents']:,} documents, {format_bytes(corpus['n_bytes'])}"
+    head = facts(
+        {
+            "corpus": said,
+            "SHA-256 of the text": corpus["sha256"],
+            "tokenizer": f"{tokenizer['kind']}, {tokenizer['vocab_size']:,} entries",
+            "SHA-256 of the tokenizer": tokenizer["sha256"],
+        }
+    )
+    rows = [
+        (name, split["n_documents"], format_bytes(split["n_bytes"]), split["n_tokens"], f"{str(split['sha256'])[:16]}…")
+        for name, split in ((name, _mapping(split)) for name, split in splits.items())
+    ]
+    return Section("corpus", head + table(("split", "documents", "size", "tokens", "SHA-256"), rows), said)
+
+
+def config_section(config: Mapping[str, object], differences: Mapping[str, tuple[object, object]]) -> Section:
+    """See `show_config`."""
+    rows = [
+        (name, json.dumps(value, ensure_ascii=False), json.dumps(differences[name][0]) if name in differences else "")
+        for name, value in sorted(config.items(), key=lambda item: item[0] not in differences)
+    ]
+    changed = frozenset(range(len(differences)))
+    said = f"{len(differences)} of {len(config)} fields differ from the preset"
+    body = table(("field", "value", "preset, where it differs"), rows, f"{said}; these stand first.", changed)
+    return Section(
+        "config", body, said + ": " + ", ".join(f"{name}={value}" for name, (_, value) in differences.items())
+    )
+
+
+def curves_section(run: Run) -> Section:
+    """See `show_curves`."""
+    from hydra.notebook.charts import Line, line_chart
+
+    records = run.metrics()
+    train = [record for record in records if "loss_nats" in record]
+    val = [record for record in records if "val_loss_nats" in record]
+    if not train and not val:
+        return _nothing("curves", "No step has been logged.")
+
+    def line(key: str, rows: Sequence[Mapping[str, object]], label: str = "") -> Line:
+        present = [row for row in rows if row.get(key) is not None]
+        return Line(
+            label, [_float(r["step"]) for r in present], [_float(r[key]) for r in present], is_sparse=rows is val
+        )
+
+    pictures, sentences = [], []
+    charts: list[tuple[str, str, list[Line], bool]] = [
+        (
+            "loss",
+            "nats per token",
+            [line("loss_nats", train, "training"), line("val_loss_nats", val, "validation")],
+            False,
+        ),
+        ("validation bits per byte", "bits per byte", [line("val_bits_per_byte", val)], False),
+        ("learning rate", "learning rate", [line("learning_rate", train)], True),
+        ("gradient norm before clipping", "L2 norm", [line("grad_norm", train)], True),
+        ("speed", "tokens per second", [line("tokens_per_s", train)], True),
+        ("peak memory", "MiB", [line("peak_mem_mib", train)], True),
+    ]
+    for title, unit, lines, starts_at_zero in charts:
+        drawn = [one for one in lines if one.x]
+        if not drawn:
+            continue
+        sentence = " ".join(_describe_line(f"{one.label} {title}".strip(), one.x, one.y, unit) for one in drawn)
+        rows = [(int(x), one.label or title, y) for one in drawn for x, y in zip(one.x, one.y, strict=True)]
+        picture = line_chart(drawn, unit, starts_at_zero=starts_at_zero)
+        pictures.append(figure(picture, sentence, title.capitalize(), ("step", "line", unit), sorted(rows)))
+        sentences.append(sentence)
+    return Section("curves", f'<div class="figures">{"".join(pictures)}</div>', "\n".join(sentences))
+
+
+def loss_section(run: Run) -> Section:
+    """The loss alone, as `watch` leaves it behind."""
+    from hydra.notebook.charts import Line, line_chart
+
+    train = [record for record in run.metrics() if "loss_nats" in record]
+    if not train:
+        return _nothing("loss", "No step has been logged.")
+    x, y = [_float(record["step"]) for record in train], [_float(record["loss_nats"]) for record in train]
+    sentence = _describe_line("training loss", x, y, "nats per token")
+    picture = line_chart([Line("training loss", x, y)], "nats per token")
+    rows = list(zip((int(step) for step in x), y, strict=True))
+    return Section("loss", figure(picture, sentence, "Training loss", ("step", "nats per token"), rows), sentence)
+
+
+def samples_section(run: Run) -> Section:
+    """See `show_samples`."""
+    samples = run.samples()
+    if not samples:
+        return _nothing("samples", "No text sample has been written.")
+    shown = samples
+    if len(samples) > MAX_SAMPLES:
+        shown = [samples[round(index * (len(samples) - 1) / (MAX_SAMPLES - 1))] for index in range(MAX_SAMPLES)]
+    body = "".join(
+        f"<h4>Step {escape(format_number(sample['step']))}</h4>"
+        f"<pre><b>{escape(sample['prompt'])}</b>{escape(sample['text'])}</pre>"
+        for sample in shown
+    )
+    return Section("samples", body, "\n\n".join(f"step {s['step']}: {s['prompt']}{s['text']}" for s in shown))
+
+
+def yardsticks_section(run: Run) -> Section:
+    """See `show_yardsticks`."""
+    from hydra.notebook.charts import bar_chart
+
+    known = _mapping(run.manifest().get("yardsticks", {}))
+    status = run.status()
+    rows = [(title, _float(known[key])) for key, title in YARDSTICKS.items() if key in known]
+    if status.val_bits_per_byte is not None:
+        rows.append((f"this run, step {status.step}", status.val_bits_per_byte))
+    if not rows:
+        return _nothing("yardsticks", "Nothing has been measured on the validation text.")
+    rows.sort(key=lambda row: -row[1])
+    highlighted = next((index for index, row in enumerate(rows) if row[0].startswith("this run")), -1)
+    sentence = (
+        "Bits per byte of the validation text, lower is better: " + ", ".join(f"{n} {v:.3f}" for n, v in rows) + "."
+    )
+    picture = bar_chart([name for name, _ in rows], [value for _, value in rows], "bits per byte", highlighted)
+    body = figure(picture, sentence, "Bits per byte, lower is better", ("model", "bits per byte"), rows)
+    return Section("yardsticks", body, sentence)
+
+
+def environment_section(run: Run) -> Section:
+    """See `show_environment`."""
+    environment = run.environment()
+    sessions = [_mapping(session) for session in _sequence(environment.get("sessions", []))]
+    if not sessions:
+        return _nothing("environment", "No trainer has begun.")
+    body = ""
+    for number, session in enumerate(sessions, start=1):
+        values = {name.replace("_", " "): _shown(value) for name, value in session.items() if name != "packages"}
+        started_at = datetime.fromtimestamp(_float(session["started_at"]), UTC)
+        values["started at"] = f"{started_at:%Y-%m-%d %H:%M:%S} UTC"
+        packages = ", ".join(f"{name} {version}" for name, version in _mapping(session.get("packages", {})).items())
+        title = f"<h4>Session {number} of {len(sessions)}</h4>" if len(sessions) > 1 else ""
+        body += title + facts({**values, **({"packages": packages} if packages else {})})
+    resolved = _mapping(environment.get("resolved", {}))
+    if resolved:
+        body += table(
+            ("chosen at the first start", "value"), [(name, _shown(value)) for name, value in resolved.items()]
+        )
+    return Section("environment", body, json.dumps(environment, indent=1))
+
+
+REPORT_SECTIONS: Mapping[str, tuple[str, Callable[[Run], Section]]] = {
+    "corpus": ("Corpus", corpus_section),
+    "curves": ("Curves", curves_section),
+    "samples": ("Samples", samples_section),
+    "yardsticks": ("Yardsticks", yardsticks_section),
+    "environment": ("Environment", environment_section),
+}
+
+
+def _describe_line(name: str, x: Sequence[float], y: Sequence[float], unit: str) -> str:
+    return (
+        f"{name.capitalize()} goes from {format_number(y[0])} at step {x[0]:,.0f} to {format_number(y[-1])} at step "
+        f"{x[-1]:,.0f} ({unit}; lowest {format_number(min(y))}, highest {format_number(max(y))})."
+    )
+
+
+def _nothing(name: str, sentence: str) -> Section:
+    return Section(name, f"<p>{escape(sentence)}</p>", sentence)
+
+
+def _shown(value: object) -> str:
+    words = {"None": "none", "True": "yes", "False": "no"}
+    if value is None or isinstance(value, bool):
+        return words[str(value)]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    assert isinstance(value, Mapping), value
+    return value
+
+
+def _sequence(value: object) -> Sequence[object]:
+    assert isinstance(value, Sequence), value
+    return value
+
+
+def _float(value: object) -> float:
+    assert isinstance(value, int | float), value
+    return float(value)

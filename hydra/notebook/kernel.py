@@ -1,0 +1,177 @@
+"""The kernel of a batch run: it cannot outlive papermill, talks through files, not ports, and its output is bounded."""
+
+import asyncio
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import ensure_event_loop
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from nbformat.v4 import new_output
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NotebookExecutionManager
+from traitlets import Integer
+
+MAX_OUTPUT_BYTES = 1_000_000
+# sockaddr_un holds 108 bytes; jupyter_client appends "-ipc-5" to the connection file's stem.
+MAX_SOCKET_PATH_BYTES = 107
+OVERWRITTEN_LINE = re.compile(r"[^\n]*\r(?=[^\n])")
+BACKSPACE = re.compile(r"[^\n]\x08")
+
+
+class BatchKernelManager(AsyncKernelManager):
+    """Starts a kernel that the operating system ends when papermill ends, however papermill ends."""
+
+    def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+        """The kernel's command, behind one that asks Linux for SIGKILL when the starting thread is gone."""
+        command: list[str] = super().format_kernel_cmd(extra_arguments)
+        if threading.current_thread() is not threading.main_thread():
+            # A worker thread may end long before the kernel is done; ipykernel's own poller remains.
+            return command
+        return [sys.executable, "-P", "-m", "hydra.runtime.die_with_parent", "SIGKILL", str(os.getpid()), *command]
+
+
+class TruthfulManager(NotebookExecutionManager):
+    """papermill's record of cell and notebook status, without calling finished what never ran."""
+
+    def cell_died(self, cell: NotebookNode, ename: str, evalue: str) -> None:
+        """Record that `cell` was running when the kernel, its time or the job ended, and save."""
+        status = cell.metadata.papermill
+        status.update(status=self.FAILED, exception=True, end_time=self.now().isoformat())
+        if cell.cell_type == "code":
+            cell.setdefault("outputs", []).append(
+                new_output("error", ename=ename, evalue=evalue, traceback=[f"{ename}: {evalue}"])
+            )
+        self.save()
+
+    def notebook_complete(self, failed: bool = False) -> None:
+        """Record the end and save. After a failure the cells that never ran stay `pending`."""
+        if not failed:
+            super().notebook_complete()
+            return
+        self.end_time = self.now()
+        notebook_status = self.nb.metadata.papermill
+        notebook_status.update(
+            exception=True,
+            end_time=self.end_time.isoformat(),
+            duration=(self.end_time - self.start_time).total_seconds(),
+        )
+        self.save()
+
+
+class BatchClient(PapermillNotebookClient):
+    """Executes the cells; tells `on_cell` which one begins, and `on_abort` why the execution ends early.
+
+    `on_abort` is called while the kernel may still live, and returns the error's name and its text for the notebook.
+    """
+
+    max_output_bytes = Integer(MAX_OUTPUT_BYTES, help="Bytes of output that one cell may leave in the notebook.")
+
+    def __init__(
+        self,
+        nb_man: TruthfulManager,
+        *,
+        socket_directory: Path,
+        on_cell: Callable[[int], None],
+        on_abort: Callable[[BaseException], tuple[str, str]],
+        **traits: object,
+    ) -> None:
+        """`traits` are those of nbclient's NotebookClient."""
+        super().__init__(nb_man, kernel_manager_class=BatchKernelManager, **traits)
+        self._socket_directory = socket_directory
+        self._on_cell = on_cell
+        self._on_abort = on_abort
+        self._output_bytes: dict[int, int] = {}
+
+    def create_kernel_manager(self) -> AsyncKernelManager:
+        """A manager whose kernel listens on Unix sockets: no port to race for, nothing on the network."""
+        manager = super().create_kernel_manager()
+        if len(os.fsencode(self._socket_directory / "kernel-ipc-5")) <= MAX_SOCKET_PATH_BYTES:
+            manager.transport = "ipc"
+            manager.connection_file = str(self._socket_directory / "kernel.json")
+        else:
+            self.log.warning(
+                f"{self._socket_directory} is too long for Unix sockets: the kernel listens on local ports"
+            )
+        return manager
+
+    def papermill_execute_cells(self) -> None:
+        """Execute the cells in order up to the first error, saving at every step."""
+        for index, cell in enumerate(self.nb.cells):
+            try:
+                self._on_cell(index)
+                self.nb_man.cell_start(cell, index)
+                self.execute_cell(cell, index)
+            except CellExecutionError as error:
+                self._on_abort(error)
+                self.nb_man.cell_exception(cell, cell_index=index, exception=error)
+                self.nb_man.cell_complete(cell, cell_index=index)
+                return
+            except BaseException as error:
+                self._cancel_tasks()
+                self.nb_man.cell_died(cell, *self._on_abort(error))
+                raise
+            self.nb_man.cell_complete(cell, cell_index=index)
+
+    def output(
+        self, outs: list[NotebookNode], msg: dict, display_id: str | None, cell_index: int
+    ) -> NotebookNode | None:
+        """Take one output: streams are merged as they come, and a cell that has filled its share gets a last word."""
+        written = self._output_bytes.get(cell_index, 0)
+        if msg["msg_type"] == "error" or self.output_hook_stack[msg["parent_header"].get("msg_id")]:
+            return super().output(outs, msg, display_id, cell_index)
+        if written > self.max_output_bytes:
+            return None
+        content = msg["content"]
+        size = len(str(content.get("text", content.get("data", ""))).encode(errors="replace"))
+        self._output_bytes[cell_index] = written + size
+        if written + size > self.max_output_bytes:
+            room = self.max_output_bytes - written
+            kept = str(content["text"])[:room] if msg["msg_type"] == "stream" else ""
+            limit = f"{self.max_output_bytes / 1e6:g} MB"
+            _append_stream(
+                outs, "stdout", f"{kept}\n[HYDRA cut the output of this cell here: a cell may leave {limit}]\n"
+            )
+            return outs[-1]
+        if msg["msg_type"] == "stream" and not self.clear_before_next_output:
+            _append_stream(outs, content["name"], content["text"])
+            return new_output("stream", name=content["name"], text=content["text"])
+        return super().output(outs, msg, display_id, cell_index)
+
+    def clear_output(self, outs: list[NotebookNode], msg: dict, cell_index: int) -> None:
+        """Forget the cell's outputs, and what they took of its share."""
+        super().clear_output(outs, msg, cell_index)
+        self._output_bytes[cell_index] = 0
+
+    def _cancel_tasks(self) -> None:
+        """End what still waits for the broken cell, so that it does not write into the notebook during clean-up."""
+        loop = ensure_event_loop()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+
+
+def _append_stream(outs: list[NotebookNode], name: str, text: str) -> None:
+    """Merge into the stream of that name behind the last figure, as a terminal would show it (\\r and \\b applied)."""
+    for out in reversed(outs):
+        if out.output_type != "stream":
+            break
+        if out.name == name:
+            head, newline, line = out.text.rpartition("\n")
+            out.text = head + newline + _as_terminal(line + text)
+            return
+    outs.append(new_output("stream", name=name, text=_as_terminal(text)))
+
+
+def _as_terminal(text: str) -> str:
+    previous = None
+    while text != previous:
+        previous, text = text, BACKSPACE.sub("", text)
+    return OVERWRITTEN_LINE.sub("", text)

@@ -1,0 +1,256 @@
+"""The report: one HTML file that fetches nothing, needs no JavaScript, and tells the truth about a failed run too.
+
+Its first screen and its end come from the run directory and the plan, so that they are there even when no cell ran;
+between them stands the executed notebook. What a run directory holds and no cell has shown is added behind it.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bs4 import BeautifulSoup, Tag
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+from nbformat.v4 import new_output
+from traitlets.config import Config
+
+from hydra.notebook.figures import REPORT_SECTIONS, YARDSTICKS
+from hydra.notebook.markup import escape, format_number, section_marker, tiles
+from hydra.notebook.plan import Plan
+from hydra.notebook.progress import format_duration
+from hydra.runtime import Run, RunStatus
+from hydra.runtime.paths import write_atomically
+
+REPORT = "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
+MAX_BYTES = 2_000_000
+MAX_OUTPUTS_BYTES = 1_400_000
+MAX_TEXT_CHARACTERS = 20_000
+LOG_LINES = 25
+FORBIDDEN_TAGS = (
+    "script",
+    "iframe",
+    "object",
+    "embed",
+    "link",
+    "base",
+    "form",
+    "audio",
+    "video",
+    "source",
+    "applet",
+    "meta",
+)
+FETCHING_ATTRIBUTES = ("src", "srcset", "poster", "background", "data", "action", "formaction", "xlink:href")
+PRIORITY = ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain")
+
+
+def render_report(nb: NotebookNode, plan: Plan, failure: str | None) -> Path:
+    """Write report.html into the run directory, whole or not at all; returns its path.
+
+    Args:
+        nb: the notebook, executed as far as it came; it is not changed.
+        failure: why the notebook did not end well, None when it did.
+    """
+    run = Run(plan.run_dir)
+    shown = copy.deepcopy(nb)
+    shown.metadata.pop("widgets", None)
+    title = _take_title(shown) or run.name
+    _bound_outputs(shown)
+    page = _exporter().from_notebook_node(
+        shown,
+        resources={
+            "hydra": {
+                "title": title,
+                "summary": "".join(_summary(run, plan, failure)),
+                "appendix": "".join(_appendix(run, plan, shown)),
+            }
+        },
+    )[0]
+    page = _seal(page)
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    path = plan.run_dir / REPORT
+    write_atomically(path, page)
+    return path
+
+
+def answer_line(run: Run) -> list[str]:
+    """The validation figure beside its yardsticks, in one line; [] when nothing was measured."""
+    status = run.status()
+    if status.val_bits_per_byte is None or status.val_loss_nats is None:
+        return []
+    yardsticks = "".join(f" | {name} {value:.3f}" for name, value in _yardsticks(run))
+    measured = f"{status.val_bits_per_byte:.3f} bits per byte ({status.val_loss_nats:.3f} nats per token)"
+    return [f"validation: {measured}{yardsticks}"]
+
+
+def _summary(run: Run, plan: Plan, failure: str | None) -> list[str]:
+    """The first screen: what failed, if anything did; what was asked, the answer, the status, the cost."""
+    status = run.status()
+    parts = []
+    if failure is not None or status.status in ("failed", "interrupted"):
+        happened = [failure] if failure is not None else []
+        if status.status in ("failed", "interrupted"):
+            cause = ": ".join(part for part in (status.cause, status.message) if part)
+            verb = "failed" if status.status == "failed" else "was cut off"
+            happened.append(f"The run {verb} at step {status.step} of {status.max_steps} ({cause}).")
+        told = "".join(f"<p>{escape(_strip_colour(line))}</p>" for line in happened)
+        log = run.log_tail(LOG_LINES)
+        tail = (
+            f"<details open><summary>Last lines of trainer.log</summary><pre>{escape(log)}</pre></details>"
+            if log
+            else ""
+        )
+        parts.append(
+            f'<section class="failure" role="alert"><h2 id="failure">It did not end well</h2>{told}{tail}</section>'
+        )
+    parts.append(f'<p class="question">{escape(plan.question)}</p><p class="answer">{escape(_answer(run, status))}</p>')
+    parts.append(f"<h2 id='status-and-cost'>Status and cost</h2>{tiles(_cost(status))}")
+    return parts
+
+
+def _answer(run: Run, status: RunStatus) -> str:
+    """The answer in one sentence, with its figure and its yardsticks."""
+    measured = [record for record in run.metrics() if "val_bits_per_byte" in record]
+    if not measured:
+        return "There is no answer yet: nothing was measured on the validation text."
+    value, step = float(str(measured[-1]["val_bits_per_byte"])), int(str(measured[-1]["step"]))
+    said = f"{value:.3f} bits per byte on validation text that the model never trained on"
+    if status.status != "done":
+        said = f"No final answer; at step {step} of {status.max_steps}: {said}"
+    compared = [
+        f"{abs(value / other - 1):.0%} {'below' if value < other else 'above'} "
+        f"{'the ' if name.endswith('model') else ''}{name} ({other:.3f})"
+        for name, other in _yardsticks(run)
+    ]
+    return f"{said}, {', '.join(compared)}." if compared else f"{said}."
+
+
+def _cost(status: RunStatus) -> Mapping[str, object]:
+    return {
+        "status": f"{status.status}, step {status.step:,} of {status.max_steps:,}",
+        "restarts from a checkpoint": status.restarts,
+        "time": format_duration(status.train_s),
+        "tokens": status.tokens,
+        "training FLOPs": f"{status.train_flops:.3g}",
+        "parameters": status.n_parameters,
+    }
+
+
+def _appendix(run: Run, plan: Plan, nb: NotebookNode) -> list[str]:
+    """What the run directory holds and no cell has shown, and the command."""
+    seen = "".join(
+        str(out.get("data", {}).get("text/html", "")) for cell in nb.cells for out in cell.get("outputs", [])
+    )
+    parts = [
+        f'<section><h2 id="{name}">{escape(title)}</h2>{build(run).to_html()}</section>'
+        for name, (title, build) in REPORT_SECTIONS.items()
+        if section_marker(name) not in seen and (run.manifest() or run.metrics() or run.environment())
+    ]
+    parts.append(
+        '<section><h2 id="reproduce">How to reproduce it</h2>'
+        "<p>In a checkout of the commit that stands under Environment:</p>"
+        f"<pre>{escape(plan.command)}</pre></section>"
+    )
+    return parts
+
+
+def _yardsticks(run: Run) -> Sequence[tuple[str, float]]:
+    """The yardsticks that a model should beat, as (name, bits per byte)."""
+    known = run.manifest().get("yardsticks", {})
+    assert isinstance(known, Mapping)
+    return [
+        (YARDSTICKS[key], float(known[key])) for key in YARDSTICKS if key in known and not key.startswith("unigram")
+    ]
+
+
+def _exporter() -> HTMLExporter:
+    config = Config()
+    config.TemplateExporter.extra_template_basedirs = [str(TEMPLATES)]
+    config.NbConvertBase.display_data_priority = list(PRIORITY)
+    return HTMLExporter(config=config, template_name="report", embed_images=True)
+
+
+def _take_title(nb: NotebookNode) -> str | None:
+    """The notebook's first heading of level 1, taken out: the page has one such heading, and it stands on top."""
+    for cell in nb.cells:
+        found = re.search(r"^# (.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else None
+        if found:
+            cell.source = cell.source[: found.start()] + cell.source[found.end() :]
+            return found[1].strip()
+    return None
+
+
+def _bound_outputs(nb: NotebookNode) -> None:
+    """Shorten long texts, then drop the largest outputs until the page stays under its size. Each says so."""
+    outputs = [out for cell in nb.cells for out in cell.get("outputs", [])]
+    for out in outputs:
+        if out.output_type == "stream" and len(out.text) > MAX_TEXT_CHARACTERS:
+            half = MAX_TEXT_CHARACTERS // 2
+            out.text = f"{out.text[:half]}\n[… shortened for the report; the notebook has more …]\n{out.text[-half:]}"
+    total = sum(_size(out) for out in outputs)
+    for out in sorted(outputs, key=_size, reverse=True):
+        if total <= MAX_OUTPUTS_BYTES:
+            return
+        total -= _size(out)
+        note = f"[an output of {format_number(_size(out))} bytes is left out of the report; the notebook has it]\n"
+        out.clear()
+        out.update(new_output("stream", name="stdout", text=note))
+
+
+def _size(out: NotebookNode) -> int:
+    """Bytes that the output takes on the page, about: of several forms of it only one is shown."""
+    if "data" in out:
+        shown = next((kind for kind in PRIORITY if kind in out.data), None)
+        return len(str(out.data[shown]).encode()) if shown else 0
+    return len(str(out.get("text", out.get("traceback", ""))).encode())
+
+
+def _seal(page: str) -> str:
+    """Take out all that runs or fetches, whoever wrote it; give the page its contents list and every picture a text."""
+    soup = BeautifulSoup(page, "html.parser")
+    body = soup.body
+    assert body is not None
+    for tag in body.find_all(FORBIDDEN_TAGS):
+        tag.decompose()
+    for tag in body.find_all(True):
+        for name in list(tag.attrs):
+            value = str(tag.attrs[name]).strip().lower()
+            fetches = name in FETCHING_ATTRIBUTES and not value.startswith("data:image/")
+            runs = name.startswith("on") or (
+                name == "href" and re.match(r"[\s\x00-\x1f]*(javascript|data|vbscript):", value)
+            )
+            styles = name == "style" and ("url(" in value or "@import" in value)
+            if fetches or runs or styles:
+                del tag.attrs[name]
+    for style in body.find_all("style"):
+        if re.search(r"url\s*\(|@import", style.get_text()):
+            style.decompose()
+    for image in body.find_all("img"):
+        if not image.get("src"):
+            image.replace_with(f"[picture left out: {image.get('alt') or 'it is not part of this file'}]")
+        elif not str(image.get("alt") or "").strip() or "No description has been provided" in str(image["alt"]):
+            image["alt"] = "A figure of the notebook; its author gave no description."
+    _fill_contents(soup)
+    return str(soup)
+
+
+def _fill_contents(soup: BeautifulSoup) -> None:
+    contents = soup.find("nav")
+    assert isinstance(contents, Tag)
+    items = soup.new_tag("ol")
+    for number, heading in enumerate(soup.find_all("h2")):
+        for anchor in heading.find_all("a", class_="anchor-link"):
+            anchor.decompose()
+        heading["id"] = heading.get("id") or f"section-{number}"
+        link = soup.new_tag("a", href=f"#{heading['id']}")
+        link.string = heading.get_text().strip()
+        item = soup.new_tag("li")
+        item.append(link)
+        items.append(item)
+    contents.append(items)
+
+
+def _strip_colour(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)

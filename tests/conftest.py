@@ -1,0 +1,93 @@
+"""Fixtures that several folders of tests share: a small corpus of our own making, and real trainers on it."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from scripts.config import TrainingConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def corpus_dir() -> Path:
+    """40 documents, about 55 kB of text of our own making."""
+    return ROOT / "tests" / "assets" / "notes"
+
+
+@pytest.fixture(scope="session")
+def shared_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def make_run(
+    tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, shared_data_dir: Path
+) -> Callable[..., Path]:
+    """make_run(name, **fields): a run directory with the `tiny` preset's config, not started."""
+
+    def make(name: str, **fields: object) -> Path:
+        run_dir = tmp_path_factory.mktemp("workspace") / "runs" / name
+        run_dir.mkdir(parents=True)
+        fields = {"corpus": str(corpus_dir), "data_dir": str(shared_data_dir), "threads": 1, **fields}
+        (run_dir / "config.json").write_text(TrainingConfig.preset("tiny", **fields).to_json())
+        return run_dir
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def start_trainer() -> Callable[[Path], "subprocess.Popen[str]"]:
+    """The README's command on a run directory, in a process group of its own."""
+
+    def start(run_dir: Path) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "scripts.trainer", str(run_dir)]
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def weights_hash() -> Callable[[Path], str]:
+    """SHA-256 over name, dtype, shape and bytes of every tensor in the newest checkpoint, and its step."""
+
+    def compute(run_dir: Path) -> str:
+        directory = max((run_dir / "checkpoints").glob("step-*"))
+        digest = hashlib.sha256(directory.name.encode())
+        for group in ("model", "optimizer", "rng"):
+            for name, tensor in sorted(load_file(directory / f"{group}.safetensors").items()):
+                digest.update(f"{group}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(-1).numpy().tobytes())
+        return digest.hexdigest()
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def figures() -> Callable[[Path], list[dict[str, object]]]:
+    """The records of metrics.jsonl without what the clock and the machine decide."""
+    measured = ("tokens_per_s", "step_ms", "peak_mem_mib", "elapsed_s")
+
+    def read(run_dir: Path) -> list[dict[str, object]]:
+        records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        return [{key: value for key, value in record.items() if key not in measured} for record in records]
+
+    return read
+
+
+@pytest.fixture()
+def moments(request: pytest.FixtureRequest) -> random.Random:
+    """Random moments that no test chooses: another seed in every session, printed when the test fails."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"{request.node.name}: moments drawn with seed {seed}")
+    return random.Random(seed)

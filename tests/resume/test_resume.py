@@ -1,0 +1,218 @@
+"""Killed at any moment, the same command ends at the same weights, bit for bit; asked to stop, nothing is lost."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hydra.errors import RunError
+from hydra.runtime import Run
+from scripts.config import TrainingConfig
+from scripts.trainer import Trainer
+
+MakeRun = Callable[..., Path]
+StartTrainer = Callable[[Path], "subprocess.Popen[str]"]
+# Several epochs of the small corpus, accumulation, and a checkpoint that shares no factor with logs and evaluations.
+LONG = {"max_steps": 240, "batch_size": 6, "micro_batch_size": 2, "checkpoint_every": 7, "eval_every": 50, "log_every": 3}
+
+
+def finish(start_trainer: StartTrainer, run_dir: Path) -> None:
+    process = start_trainer(run_dir)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make_run: MakeRun, start_trainer: StartTrainer) -> Path:
+    run_dir = make_run("uninterrupted", **LONG)
+    finish(start_trainer, run_dir)
+    return run_dir
+
+
+def test_killed_at_random_moments(
+    make_run: MakeRun,
+    start_trainer: StartTrainer,
+    uninterrupted: Path,
+    weights_hash: Callable[[Path], str],
+    figures: Callable[[Path], list[dict[str, object]]],
+    moments: random.Random,
+) -> None:
+    run_dir = make_run("killed", **LONG)
+    n_kills = 0
+    while n_kills < 6:
+        process = start_trainer(run_dir)
+        # From the import of torch to the middle of training; later kills often enough find a run further on.
+        time.sleep(moments.uniform(0.5, 5.0))
+        process.kill()
+        if process.wait() == 0:
+            break
+        n_kills += 1
+        assert Run.open(run_dir).status().status in ("new", "interrupted")
+    finish(start_trainer, run_dir)
+    assert n_kills
+    assert weights_hash(run_dir) == weights_hash(uninterrupted)
+    assert figures(run_dir) == figures(uninterrupted)
+    assert (run_dir / "samples.jsonl").read_text() == (uninterrupted / "samples.jsonl").read_text()
+    status = Run.open(run_dir).status()
+    assert (status.status, status.step, status.cause) == ("done", 240, None)
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while Run.open(run_dir).status().step < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_loses_no_step(
+    make_run: MakeRun,
+    start_trainer: StartTrainer,
+    uninterrupted: Path,
+    weights_hash: Callable[[Path], str],
+    figures: Callable[[Path], list[dict[str, object]]],
+    stop_signal: signal.Signals,
+    moments: random.Random,
+) -> None:
+    run_dir = make_run("stopped", **{**LONG})
+    process = start_trainer(run_dir)
+    wait_for_step(run_dir, 1)
+    time.sleep(moments.uniform(0.0, 0.8))
+    process.send_signal(stop_signal)
+    assert process.wait(timeout=20) == 75
+    status = Run.open(run_dir).status()
+    assert (status.status, status.cause) == ("interrupted", stop_signal.name)
+    newest = max((run_dir / "checkpoints").glob("step-*"))
+    assert newest.name == f"step-{status.step:08d}"
+    finish(start_trainer, run_dir)
+    assert Run.open(run_dir).status().restarts == 1
+    assert weights_hash(run_dir) == weights_hash(uninterrupted)
+    assert figures(run_dir) == figures(uninterrupted)
+
+
+def test_stopped_while_it_prepares_it_ends_at_once_and_says_so(make_run: MakeRun, start_trainer: StartTrainer, tmp_path: Path) -> None:
+    """Training a tokenizer is one long library call; the signal must not wait for its end."""
+    corpus = tmp_path / "large"
+    corpus.mkdir()
+    source = random.Random(1)
+    for number in range(40):
+        words = ("".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randrange(3, 12))) for _ in range(40_000))
+        (corpus / f"{number}.txt").write_text(" ".join(words))
+    run_dir = make_run("preparing", corpus=str(corpus), data_dir=str(tmp_path / "data"), tokenizer="bpe", vocab_size=30_000)
+    process = start_trainer(run_dir)
+    deadline = time.monotonic() + 60
+    while Run.open(run_dir).status().stage != "preparing data":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1.0)
+    assert Run.open(run_dir).status().stage == "preparing data", "the corpus is too small for this test"
+    process.terminate()
+    assert process.wait(timeout=5) == 75
+    status = Run.open(run_dir).status()
+    assert (status.status, status.cause, status.step) == ("interrupted", "SIGTERM", 0)
+
+
+def test_a_finished_run_is_not_trained_again(
+    make_run: MakeRun, start_trainer: StartTrainer, weights_hash: Callable[[Path], str]
+) -> None:
+    run_dir = make_run("done")
+    finish(start_trainer, run_dir)
+    before = (weights_hash(run_dir), (run_dir / "metrics.jsonl").read_bytes())
+    finish(start_trainer, run_dir)
+    assert (weights_hash(run_dir), (run_dir / "metrics.jsonl").read_bytes()) == before
+
+
+def test_second_trainer_is_refused(make_run: MakeRun, start_trainer: StartTrainer) -> None:
+    run_dir = make_run("owned", max_steps=100_000, warmup_steps=0)
+    first = start_trainer(run_dir)
+    wait_for_step(run_dir, 1)
+    began = time.monotonic()
+    second = start_trainer(run_dir)
+    _, errors = second.communicate(timeout=30)
+    assert second.returncode == 1
+    assert time.monotonic() - began < 15
+    assert f"owned by process {first.pid}" in errors
+    assert Run.open(run_dir).status().is_alive
+    first.kill()
+    first.wait()
+
+
+def test_changed_config_is_refused(make_run: MakeRun, start_trainer: StartTrainer) -> None:
+    run_dir = make_run("changed")
+    finish(start_trainer, run_dir)
+    files = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    config = TrainingConfig.from_json((run_dir / "config.json").read_text())
+    changed = TrainingConfig.from_parameters({**_parameters(config), "learning_rate": 1.0})
+    with pytest.raises(RunError, match=r"learning_rate: 0.003 there, 1.0 asked for"):
+        Trainer(changed, run_dir).train()
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == files
+
+
+def _parameters(config: TrainingConfig) -> dict[str, object]:
+    stored = json.loads(config.to_json())
+    return {"preset": stored.pop("preset_name"), **stored}
+
+
+def test_micro_batches_change_rounding_and_nothing_else(
+    make_run: MakeRun, start_trainer: StartTrainer, figures: Callable[[Path], list[dict[str, object]]]
+) -> None:
+    losses = {}
+    for micro_batch_size in (1, 2, 4):
+        run_dir = make_run(f"micro-{micro_batch_size}", micro_batch_size=micro_batch_size)
+        finish(start_trainer, run_dir)
+        losses[micro_batch_size] = [record["loss_nats"] for record in figures(run_dir) if "loss_nats" in record]
+    for micro_batch_size in (1, 2):
+        assert losses[micro_batch_size] == pytest.approx(losses[4], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(
+    make_run: MakeRun, start_trainer: StartTrainer
+) -> None:
+    run_dir = make_run("explodes", learning_rate=1e30, max_gradient_norm=1e30, max_steps=20, checkpoint_every=1)
+    process = start_trainer(run_dir)
+    assert process.wait(timeout=60) == 1
+    run = Run.open(run_dir)
+    status = run.status()
+    assert (status.status, status.cause) == ("failed", "not finite")
+    with pytest.raises(RunError, match="finite"):
+        run.raise_for_status()
+    for record in run.metrics():
+        assert all(value == value and abs(value) != float("inf") for value in record.values())
+
+
+def test_a_damaged_checkpoint_or_shard_is_named(
+    make_run: MakeRun, start_trainer: StartTrainer, corpus_dir: Path, tmp_path: Path
+) -> None:
+    run_dir = make_run("damaged", data_dir=str(tmp_path / "data"), max_steps=400, checkpoint_every=5)
+    process = start_trainer(run_dir)
+    wait_for_step(run_dir, 6)
+    process.terminate()
+    assert process.wait(timeout=20) == 75
+    shard = next((tmp_path / "data").rglob("train*.bin"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-2])
+    assert start_trainer(run_dir).wait(timeout=60) == 1
+    assert shard.name in (Run.open(run_dir).status().message or "")
+    shard.write_bytes(whole)
+    weights = max((run_dir / "checkpoints").glob("step-*")) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 16
+    weights.write_bytes(content)
+    assert start_trainer(run_dir).wait(timeout=60) == 1
+    assert "model.safetensors" in (Run.open(run_dir).status().message or "")
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"seed": 1', '{"surplus": 1}'])
+def test_a_bad_config_file_exits_2(tmp_path: Path, start_trainer: StartTrainer, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    process = start_trainer(tmp_path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "config.json" in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,93 @@
+"""One config: what is unknown, mistyped or impossible is named before anything starts."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from hydra.errors import ConfigError, RunError
+from scripts.config import TrainingConfig, refuse_changed_config
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"lerning_rate": 1}, ["lerning_rate", "learning_rate"]),
+        ({"preset": "debgu"}, ["debug"]),
+        ({"max_steps": "300"}, ["max_steps", "integer", "'300'"]),
+        ({"max_steps": 1e3}, ["max_steps", "1000.0"]),
+        ({"max_steps": True}, ["max_steps", "True"]),
+        ({"max_steps": 0}, ["max_steps", "greater than 0"]),
+        ({"learning_rate": float("inf")}, ["learning_rate", "finite"]),
+        ({"learning_rate": float("nan")}, ["learning_rate", "finite"]),
+        ({"learning_rate": -1.0}, ["learning_rate"]),
+        ({"tie_embeddings": "false"}, ["tie_embeddings", "'false'"]),
+        ({"schedule": "linear"}, ["schedule", "cosine"]),
+        ({"micro_batch_size": 3}, ["micro_batch_size", "divide batch_size", "3"]),
+        ({"n_heads": 7}, ["n_heads", "d_model"]),
+        ({"warmup_steps": 10_000}, ["warmup_steps", "max_steps"]),
+        ({"decay_fraction": 1.0}, ["decay_fraction", "warmup_steps"]),
+        ({"attention": "ccgqaa"}, ["ccgqa", "gqa"]),
+        ({"attention_options": {"n_kv_head": 1}}, ["n_kv_head", "n_kv_heads"]),
+        ({"attention_options": {"n_kv_heads": "two"}}, ["n_kv_heads", "two"]),
+        ({"corpus": []}, ["corpus"]),
+        ({"a=1; import os": 2}, ["a=1; import os"]),
+        ({"preset_name": "tiny"}, ["preset_name", "preset"]),
+    ],
+)
+def test_bad_parameters_are_named(parameters: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig.from_parameters(parameters)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig.from_parameters({"lerning_rate": 1, "max_steps": "x", "seed": -1})
+    for word in ("lerning_rate", "max_steps", "seed"):
+        assert word in str(caught.value)
+
+
+def test_json_round_trip_and_strictness() -> None:
+    config = TrainingConfig.preset("tiny", learning_rate=1, corpus=["a", "b"], attention_options={"n_kv_heads": 2})
+    assert isinstance(config.learning_rate, float)
+    assert config.corpus == ("a", "b")
+    assert TrainingConfig.from_json(config.to_json()) == config
+    stored = json.loads(config.to_json())
+    assert set(stored) == {field.name for field in fields(TrainingConfig)}
+    del stored["seed"]
+    with pytest.raises(ConfigError, match="seed"):
+        TrainingConfig.from_json(json.dumps(stored))
+    with pytest.raises(ConfigError, match="surplus"):
+        TrainingConfig.from_json(json.dumps({**asdict(config), "surplus": 1}))
+
+
+def test_frozen() -> None:
+    with pytest.raises(AttributeError):
+        TrainingConfig().seed = 1  # type: ignore[misc]
+
+
+def test_another_config_under_the_same_name_is_refused_with_the_difference_and_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "runs" / "pretrain"
+    refuse_changed_config(TrainingConfig(), run_dir)
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.json").write_text(TrainingConfig().to_json())
+    (tmp_path / "runs" / "pretrain-2").mkdir()
+    refuse_changed_config(TrainingConfig(), run_dir)
+    with pytest.raises(RunError) as caught:
+        refuse_changed_config(TrainingConfig(seed=3), run_dir)
+    assert "seed: 0 there, 3 asked for" in str(caught.value)
+    assert "-p run_dir runs/pretrain-3" in str(caught.value)
+
+
+def test_papermill_arguments_ask_for_the_same_config() -> None:
+    config = TrainingConfig.preset("tiny", seed=4, corpus=("a b",), tie_embeddings=True, sample_prompt="1", learning_rate=1e-4)
+    arguments = config.papermill_arguments()
+    assert arguments[:3] == ["-p", "preset", "tiny"]
+    assert ["-r", "sample_prompt", "1"] == arguments[arguments.index("-r") : arguments.index("-r") + 3]
+    assert json.dumps({"corpus": ["a b"]}) in arguments
