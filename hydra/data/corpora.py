@@ -18,6 +18,7 @@ DEFAULT_CORPUS_PACKAGES = {"jinja2": "3.1.6", "mpmath": "1.3.0", "networkx": "3.
 DEFAULT_CORPUS_SHA256 = "8de837e1e6e10138572ee321f30594f0b21f04517e9604d994f9781d330cc2e3"
 
 MIN_PIECE_BYTES = 1 << 10
+# So that no single long file makes up most of a small validation text.
 MAX_PIECE_BYTES = 1 << 16
 N_PIECES = 64  # a corpus of one file still becomes about this many documents, so that a small fraction can be kept back
 PROBE_BYTES = 1 << 16
@@ -60,8 +61,8 @@ def check_corpus(spec: DataSpec, root: Path) -> None:
 def read_corpus(spec: DataSpec, root: Path) -> Corpus:
     """Read the whole corpus into memory, cut it into documents and split them.
 
-    One file is one document, except that files longer than a piece (1/64 of the corpus, between 1 KiB and 64 KiB) are
-    cut at line ends into pieces of at most that size: a corpus that is one long file can be split too. Blank files are
+    One file is one document, except that files longer than a piece (1/64 of the corpus, between 1 KiB and 64 KiB)
+    are cut at line ends into pieces of at most that size: a corpus that is one long file can be split too. Blank files are
     left out.
     """
     check_corpus(spec, root)

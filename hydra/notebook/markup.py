@@ -106,9 +106,10 @@ def figure(png: bytes, alternative: str, caption: str, header: Sequence[str], ro
     """A picture with alternative text, and its data in a table that opens (evenly thinned to MAX_TABLE_ROWS rows)."""
     shown = thin(rows, MAX_TABLE_ROWS)
     note = f"{len(shown)} of {len(rows)} rows" if len(shown) < len(rows) else ""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return (
-        f'<figure style="margin:0 0 1.5em"><figcaption>{escape(caption)}</figcaption><img src="data:image/png;base64,{base64.b64encode(png).decode()}" '
-        f'alt="{escape(alternative)}" style="max-width:100%;height:auto;width:560px">'
+        f'<figure style="margin:0 0 1.5em"><figcaption>{escape(caption)}</figcaption>'
+        f'<img src="{source}" alt="{escape(alternative)}" style="max-width:100%;height:auto;width:560px">'
         f"<details><summary>Data: {escape(caption)}</summary>{table(header, shown, note)}</details></figure>"
     )
 

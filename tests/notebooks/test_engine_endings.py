@@ -1,0 +1,215 @@
+"""However a batch run ends: the notebook, the report and the exit status tell it, and nothing stays behind."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bs4 import BeautifulSoup
+
+Workplace = Any
+KILL_SELF = "import os, signal\nprint('last words', flush=True)\nimport time; time.sleep(0.3)\n"
+
+
+def error_of(cell: Any) -> Any:
+    (error,) = [output for output in cell.outputs if output.output_type == "error"]
+    return error
+
+
+def test_all_is_well(workplace: Workplace, start_trainer_source: str) -> None:
+    source = start_trainer_source.replace("N_STEPS", "n_steps")
+    workplace.write_notebook(source, "watch(run)\nrun.raise_for_status()", parameters="# Parameters: one\nn_steps = 900")
+    done = workplace.run("-p", "n_steps", "10", "-p", "text", "x")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "validation: 1.500 bits per byte (2.500 nats per token)",
+        "report: runs/job/report.html",
+    ]
+    assert "unknown parameter" not in done.stderr
+    assert "TCP" not in done.stderr
+    assert set(workplace.statuses()) == {"completed"}
+    assert workplace.state()["max_steps"] == 10
+    assert "job is done at step 10 of 10" in workplace.read().cells[-1].outputs[0].text
+    assert "1.500 bits per byte" in workplace.report()
+    assert workplace.left_behind() == []
+
+
+def test_a_rejected_command_starts_and_writes_nothing(workplace: Workplace) -> None:
+    workplace.write_notebook("open('kernel-was-here', 'w')")
+    before = sorted(workplace.root.rglob("*"))
+    began = time.monotonic()
+    done = workplace.run("-p", "n_stps", "3")
+    assert (done.returncode, time.monotonic() - began < 5) == (2, True)
+    assert "Error: n_stps: there is no such parameter" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(workplace.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [("os.kill(os.getpid(), signal.SIGKILL)", "KernelDied"), ("os._exit(0)", "KernelDied")],
+    ids=["SIGKILL", "exit"],
+)
+def test_kernel_death(workplace: Workplace, how: str, name: str) -> None:
+    workplace.write_notebook("1 + 1", KILL_SELF + how, "'never'")
+    done = workplace.run()
+    assert done.returncode == 75, done.stderr
+    assert "papermill job.ipynb runs/job/job.ipynb --engine fake" in done.stderr
+    assert workplace.statuses() == ["completed", "completed", "failed", "pending"]
+    notebook = workplace.read()
+    assert notebook.metadata.papermill.exception is True
+    assert notebook.cells[2].outputs[0].text == "last words\n"
+    assert error_of(notebook.cells[2]).ename == name
+    assert "KernelDied: the kernel was killed" in workplace.report()
+    assert workplace.left_behind() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_the_job_is_told_to_end(
+    workplace: Workplace, start_trainer_source: str, wait_until: Callable[..., None], number: signal.Signals
+) -> None:
+    workplace.write_notebook(start_trainer_source.replace("N_STEPS", "100_000"), "watch(run)", "'never'")
+    job = workplace.begin()
+    wait_until(lambda: (workplace.run_dir / "metrics.jsonl").exists())
+    wait_until(lambda: workplace.statuses()[2] == "running")
+    time.sleep(1)
+    began = time.monotonic()
+    os.kill(job.pid, number)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 75, err
+    assert time.monotonic() - began < 15
+    assert "The same command goes on: papermill job.ipynb" in err
+    assert workplace.statuses() == ["completed", "completed", "failed", "pending"]
+    assert f"ended by {number.name}" in error_of(workplace.read().cells[2]).evalue
+    assert (workplace.state()["status"], workplace.state()["cause"]) == ("interrupted", "SIGTERM")
+    assert "interrupted" in workplace.report()
+    assert workplace.left_behind() == []
+
+
+def test_papermill_is_killed(
+    workplace: Workplace, start_trainer_source: str, wait_until: Callable[..., None]
+) -> None:
+    """Nothing can be written then; but no process stays, the trainer ends by itself, and the next call puts all right."""
+    finite = "100_000 if not (run_directory() / 'state.json').exists() else Run.open(run_directory()).status().step + 5"
+    source = start_trainer_source.replace("N_STEPS", finite)
+    workplace.write_notebook(source, "watch(run)\nrun.raise_for_status()")
+    job = workplace.begin()
+    wait_until(lambda: (workplace.run_dir / "metrics.jsonl").exists())
+    os.kill(job.pid, signal.SIGKILL)
+    wait_until(lambda: workplace.left_behind() == [], timeout_s=10)
+    assert workplace.state()["status"] == "interrupted"
+    assert workplace.run().returncode == 0
+    assert set(workplace.statuses()) == {"completed"}
+    assert "restarts from a checkpoint</dt><dd>1<" in workplace.report()
+
+
+def test_a_run_of_somebody_else_goes_on(
+    workplace: Workplace, start_trainer_source: str, wait_until: Callable[..., None]
+) -> None:
+    attach = "from hydra.notebook import run_directory, watch\nfrom hydra.runtime import Run\n"
+    workplace.write_notebook(attach + "run = Run.open(run_directory())\nwatch(run)")
+    detached = start_trainer_source.replace("run_directory()", f"Path({str(workplace.run_dir)!r})")
+    detached = detached.replace("N_STEPS)", "100_000, dies_with_caller=False)")
+    exec(detached, {})
+    job = workplace.begin()
+    wait_until(lambda: workplace.output.exists() and workplace.statuses()[1] == "running")
+    time.sleep(1)
+    os.kill(job.pid, signal.SIGTERM)
+    _, err = job.communicate(timeout=60)
+    owner = workplace.state()["owner"]["pid"]
+    try:
+        assert job.returncode == 75
+        assert f"The run goes on as process {owner}" in err
+        assert workplace.state()["status"] == "running"
+    finally:
+        os.kill(owner, signal.SIGTERM)
+        wait_until(lambda: workplace.state()["status"] == "interrupted")
+
+
+def test_a_cell_raises(workplace: Workplace, start_trainer_source: str) -> None:
+    """While the trainer is at work: the notebook is to blame, and its trainer is ended."""
+    workplace.write_notebook(
+        start_trainer_source.replace("N_STEPS", "100_000"), "raise ValueError('<script>alert(1)</script>')", "'never'"
+    )
+    done = workplace.run()
+    assert done.returncode == 1
+    assert "ValueError" in done.stderr
+    notebook = workplace.read()
+    assert "An Exception was encountered" in notebook.cells[0].source
+    assert [cell.metadata.papermill.status for cell in notebook.cells if cell.cell_type == "code"] == [
+        "completed",
+        "completed",
+        "failed",
+        "pending",
+    ]
+    assert workplace.state()["status"] == "interrupted"
+    soup = BeautifulSoup(workplace.report(), "html.parser")
+    assert soup.find(class_="failure").get_text().count("<script>alert(1)</script>") == 1
+    assert soup.find("script") is None
+    assert workplace.left_behind() == []
+
+
+def test_the_trainer_was_cut_off(workplace: Workplace, start_trainer_source: str) -> None:
+    stop = "import time\ntime.sleep(1)\nrun.stop()\nrun.raise_for_status()"
+    workplace.write_notebook(start_trainer_source.replace("N_STEPS", "100_000"), stop)
+    done = workplace.run()
+    assert done.returncode == 75, done.stderr
+    assert "must be done, but it is interrupted" in done.stderr
+    assert "The run was cut off at step" in workplace.report()
+
+
+def test_a_cell_takes_too_long(workplace: Workplace) -> None:
+    workplace.write_notebook("import time\nprint('begun')\ntime.sleep(60)", "'never'")
+    done = workplace.run("--execution-timeout", "2")
+    assert done.returncode == 1, done.stderr
+    assert workplace.statuses() == ["completed", "failed", "pending"]
+    assert error_of(workplace.read().cells[1]).ename == "CellTimeout"
+    assert "CellTimeout" in workplace.report()
+    assert workplace.left_behind() == []
+
+
+@pytest.mark.parametrize(("code", "status"), [("0", 0), ("3", 1)])
+def test_sys_exit(workplace: Workplace, code: str, status: int) -> None:
+    workplace.write_notebook(f"import sys\nsys.exit({code})", "'never'")
+    done = workplace.run()
+    assert done.returncode == status
+    assert [cell.metadata.papermill.status for cell in workplace.read().cells][-1] != "running"
+
+
+def test_a_notebook_that_leaves_its_run_undone_is_not_well(workplace: Workplace, start_trainer_source: str) -> None:
+    workplace.write_notebook(start_trainer_source.replace("N_STEPS", "100_000"), "import sys\nsys.exit(0)")
+    assert workplace.run().returncode == 75
+
+
+def test_output_is_merged_and_bounded(workplace: Workplace) -> None:
+    lines = "import sys, time\nfor i in range(300):\n    print(f'line {i}', flush=True)\n"
+    bar = "for i in range(50):\n    print(f'\\rbar {i}', end='', file=sys.stderr, flush=True)\n"
+    workplace.write_notebook(lines + bar, "print('x' * 3_000_000)\nprint('unseen')", "'still there'")
+    assert workplace.run().returncode == 0
+    first, second, third = workplace.read().cells[1:]
+    assert {(output.name, output.text.count("\n")) for output in first.outputs} == {("stdout", 300), ("stderr", 0)}
+    assert len(first.outputs) == 2
+    assert [output.text for output in first.outputs if output.name == "stderr"] == ["bar 49"]
+    assert len(second.outputs[0].text) < 1_000_200
+    assert "HYDRA cut the output" in second.outputs[0].text
+    assert "unseen" not in second.outputs[0].text
+    assert third.outputs[0].data["text/plain"] == "'still there'"
+    assert len(workplace.report()) < 2_000_000
+
+
+def test_the_notebook_is_kept_with_the_run(workplace: Workplace) -> None:
+    workplace.write_notebook("1 + 1")
+    assert workplace.run(output="elsewhere/out.ipynb").returncode == 0
+    assert workplace.output.read_text() == (workplace.root / "elsewhere/out.ipynb").read_text()
+    assert not list(workplace.root.rglob("*.tmp"))
+
+
+def test_the_next_name_does_not_matter_to_other_engines(workplace: Workplace, tmp_path: Path) -> None:
+    """papermill's own warning is silenced for this engine only."""
+    workplace.write_notebook("1")
+    done = workplace.run("-p", "whatever", "1", "--engine", "nbclient", output="other.ipynb")
+    assert done.returncode == 0, done.stderr
+    assert "Passed unknown parameter: whatever" in done.stderr
