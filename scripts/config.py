@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -137,9 +137,16 @@ class TrainingConfig:
     """What the text samples go on from."""
 
     def __post_init__(self) -> None:
-        _must(self.batch_size % self.micro_batch_size == 0, "micro_batch_size", "divide batch_size", self.micro_batch_size)
+        _must(
+            self.batch_size % self.micro_batch_size == 0, "micro_batch_size", "divide batch_size", self.micro_batch_size
+        )
         _must(self.d_model % self.n_heads == 0, "n_heads", f"divide d_model={self.d_model}", self.n_heads)
-        _must(self.warmup_steps <= self.max_steps, "warmup_steps", f"be at most max_steps={self.max_steps}", self.warmup_steps)
+        _must(
+            self.warmup_steps <= self.max_steps,
+            "warmup_steps",
+            f"be at most max_steps={self.max_steps}",
+            self.warmup_steps,
+        )
         if self.schedule == "warmup_stable_decay":
             n_decay = round(self.decay_fraction * self.max_steps)
             _must(
@@ -161,15 +168,18 @@ class TrainingConfig:
             ConfigError: naming every unknown name, wrong type and impossible combination, with the closest known name.
         """
         if name not in PRESETS:
-            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, but got {name!r}{_closest(str(name), PRESETS)}")
-        known = [field.name for field in dataclasses.fields(cls) if field.name != "preset_name"]
+            raise ConfigError(
+                f"preset must be one of {', '.join(PRESETS)}, but got {name!r}{_closest(str(name), PRESETS)}"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
         problems = [
             f"{given}: there is no such parameter{_closest(given, ['preset', *known])}"
             for given in fields
-            if given not in known
+            if given not in known or given == "preset_name"
         ]
+        values: dict[str, Any] = {**PRESETS[name], **fields, "preset_name": name}
         try:
-            config = cls(**{**PRESETS[name], **{k: v for k, v in fields.items() if k in known}, "preset_name": name})
+            config = cls(**{given: value for given, value in values.items() if given in known})
         except pydantic.ValidationError as error:
             problems += [_describe(problem) for problem in error.errors()]
         if problems:
@@ -234,12 +244,12 @@ class TrainingConfig:
         )
 
     def differences(self, other: "TrainingConfig | None" = None) -> dict[str, tuple[object, object]]:
-        """Fields in which this config differs from `other` (left out: its own preset), as (other's value, own value)."""
+        """Fields that differ from `other` (left out: from its own preset), as (other's value, own value)."""
         theirs = asdict(other or TrainingConfig.preset(self.preset_name))
         return {name: (theirs[name], mine) for name, mine in asdict(self).items() if theirs[name] != mine}
 
     def papermill_arguments(self) -> list[str]:
-        """The `papermill` arguments that ask for this config, on top of a notebook that assigns nothing but defaults."""
+        """The `papermill` arguments that ask for this config of a notebook that assigns nothing but `preset`."""
         arguments = [] if self.preset_name == "debug" else ["-p", "preset", self.preset_name]
         for name, (_, value) in self.differences().items():
             if isinstance(value, str):
@@ -286,7 +296,9 @@ def refuse_changed_config(config: TrainingConfig, run_dir: Path) -> None:
     differences = config.differences(TrainingConfig.from_json(path.read_text()))
     if not differences:
         return
-    listed = "\n".join(f"  {name}: {theirs!r} there, {mine!r} asked for" for name, (theirs, mine) in differences.items())
+    listed = "\n".join(
+        f"  {name}: {theirs!r} there, {mine!r} asked for" for name, (theirs, mine) in differences.items()
+    )
     new_name = next_free(run_dir)
     if new_name.is_relative_to(workspace_root()):
         new_name = new_name.relative_to(workspace_root())
@@ -298,7 +310,9 @@ def refuse_changed_config(config: TrainingConfig, run_dir: Path) -> None:
 
 def _must(holds: bool, field: str, what: str, got: object) -> None:
     if not holds:
-        raise PydanticCustomError("combination", "{problem}", {"problem": f"{field} must {what}, but got {field}={got!r}"})
+        raise PydanticCustomError(
+            "combination", "{problem}", {"problem": f"{field} must {what}, but got {field}={got!r}"}
+        )
 
 
 def _closest(name: str, known: "list[str] | Mapping[str, object]") -> str:
@@ -311,5 +325,5 @@ def _describe(problem: ErrorDetails) -> str:
     if not problem["loc"]:
         return problem["msg"]
     field = str(problem["loc"][0])
-    return f"{field}: {problem['msg'][0].lower()}{problem['msg'][1:]}, but got {problem['input']!r} ({type(problem['input']).__name__})"
-
+    must, got = problem["msg"], problem["input"]
+    return f"{field}: {must[0].lower()}{must[1:]}, but got {got!r} ({type(got).__name__})"

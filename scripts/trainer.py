@@ -12,7 +12,8 @@ import os
 import resource
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,22 +21,28 @@ import torch
 from torch import nn
 
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
-from hydra.errors import ConfigError, HydraError, NotFiniteError, RunError
+from hydra.errors import ConfigError, HydraError, NotFiniteError
 from hydra.model.framework import HydraModel, build_model, generate
-from hydra.notebook.parameters import is_batch
-from hydra.optim import build_parameter_groups, cosine, warmup_stable_decay
-from hydra.runtime import Run, paths, workspace_root
+from hydra.optim import (
+    build_parameter_groups,
+    cosine,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    warmup_stable_decay,
+)
+from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from hydra.runtime.environment import describe_session, record_session
+from hydra.runtime.choices import choose_once, set_up_torch
 from hydra.runtime.ledger import Ledger, Status
-from hydra.runtime.processes import start_process
 from hydra.runtime.records import MetricsWriter, append_record, cut_records, read_records
 from hydra.runtime.signals import StopRequest
-from scripts.config import TrainingConfig, refuse_changed_config
+from scripts.config import TrainingConfig
+from scripts.launch import launch, write_config_once
+
+__all__ = ["RunResult", "StepResult", "Trainer", "launch"]
 
 logger = logging.getLogger(__name__)
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_RESUMABLE = 0, 1, 2, 75
-START_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.step = 0  # finished optimizer steps
         self.tokens = 0  # tokens that were trained on
+        self._step_at_last_log = 0
+        self._time_at_last_log = time.perf_counter()
 
     # ---------------------------------------------------------------- the run
 
@@ -125,8 +134,8 @@ class Trainer:
         grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.max_gradient_norm))
         if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
             raise NotFiniteError(
-                f"loss and gradient norm must be finite, but got {loss_nats=} and {grad_norm=} at step {self.step + 1}; "
-                "the weights are those of the step before. Lower learning_rate, or raise warmup_steps"
+                f"loss and gradient norm must be finite, but got {loss_nats=} and {grad_norm=} in step "
+                f"{self.step + 1}; the weights are still those of the step before. Lower learning_rate, or raise warmup_steps"
             )
         learning_rate = config.learning_rate * self._schedule(self.step)
         for group in self.optimizer.param_groups:
@@ -136,11 +145,13 @@ class Trainer:
 
         self.step += 1
         self.tokens += batch.n_valid_tokens
-        self.ledger.update(stage="training", step=self.step, tokens=self.tokens, train_flops=self.tokens * self.flops_per_token)
+        self.ledger.update(
+            stage="training", step=self.step, tokens=self.tokens, train_flops=self.tokens * self.flops_per_token
+        )
         return StepResult(loss_nats, grad_norm, learning_rate)
 
     def forward_backward(self, batch: Batch) -> float:
-        """Accumulate the gradient of the mean loss over all valid tokens of the global batch; returns that mean in nats.
+        """Accumulate the gradient of the mean loss over all valid tokens of the batch; returns that mean in nats.
 
         Each micro-batch contributes its sum divided by the whole batch's tokens, so how the batch is cut changes
         rounding and nothing else.
@@ -231,15 +242,9 @@ class Trainer:
             return
         began = time.perf_counter()
         self.ledger.update(stage="writing a checkpoint")
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        optimizer_tensors = {
-            f"{names[parameter]}/{key}": value
-            for parameter, state in self.optimizer.state.items()
-            for key, value in state.items()
-        }
         tensors = {
             "model": dict(self.model.state_dict()),
-            "optimizer": optimizer_tensors,
+            "optimizer": optimizer_tensors(self.model, self.optimizer),
             "rng": {"torch_cpu": torch.get_rng_state()},
         }
         trainer_state = {
@@ -255,13 +260,9 @@ class Trainer:
     # ---------------------------------------------------------------- before the first step, and after the last
 
     def _prepare(self) -> None:
-        choices = self._choose_once()
-        self.device = torch.device(choices["device"])
-        torch.set_num_threads(choices["threads"])
-        torch.use_deterministic_algorithms(True)
-        # Deterministic mode would also fill every fresh tensor; nothing here reads memory that it has not written.
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.manual_seed(self.config.seed)
+        choices = choose_once(self.run_dir, device=self.config.device, threads=self.config.threads)
+        set_up_torch(choices, self.config.seed)
+        self.device = torch.device(choices.device)
 
         self.ledger.update(stage="preparing data")
         self.dataset = self._open_data()
@@ -290,17 +291,6 @@ class Trainer:
         self._step_at_last_log, self._time_at_last_log = self.step, time.perf_counter()
         self.model.train()
 
-    def _choose_once(self) -> dict[str, object]:
-        """`auto` becomes a choice at the first start; later sessions get that choice, or an error where it cannot be had."""
-        has_cuda = torch.cuda.is_available()
-        device = ("cuda" if has_cuda else "cpu") if self.config.device == "auto" else self.config.device
-        threads = self.config.threads or len(os.sched_getaffinity(0))
-        choices = record_session(self.run_dir, describe_session(), {"device": device, "threads": threads, "dtype": "float32"})
-        logger.info("computing with %s (asked for: device=%s, threads=%s)", choices, self.config.device, self.config.threads)
-        if choices["device"] == "cuda" and not has_cuda:
-            raise ConfigError("device must be one this machine has, but the run computes on cuda and torch sees no GPU here")
-        return choices
-
     def _open_data(self) -> Dataset:
         data_dir = workspace_root() / self.config.data_dir
         manifest = paths.read_json(self.run_dir / paths.MANIFEST)
@@ -311,7 +301,7 @@ class Trainer:
         paths.write_json(self.run_dir / paths.MANIFEST, dataset.manifest)
         return dataset
 
-    def _build_schedule(self) -> "partial[float]":
+    def _build_schedule(self) -> Callable[[int], float]:
         config = self.config
         shape = {"max_steps": config.max_steps, "warmup_steps": config.warmup_steps}
         if config.schedule == "cosine":
@@ -329,11 +319,7 @@ class Trainer:
         state = checkpoint.trainer_state
         assert state["data_fingerprint"] == self.dataset.manifest["fingerprint"], state
         self.model.load_state_dict(dict(checkpoint.tensors["model"]), strict=True)
-        parameters = dict(self.model.named_parameters())
-        for key, value in checkpoint.tensors["optimizer"].items():
-            name, _, slot = key.rpartition("/")
-            # AdamW keeps its step count on the CPU, or on the device when fused on CUDA: as the parameter has it.
-            self.optimizer.state[parameters[name]][slot] = value.to(self.device)
+        load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors["optimizer"])
         torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         self.ledger.update(step=self.step, tokens=self.tokens)
@@ -369,59 +355,22 @@ class Trainer:
 # -------------------------------------------------------------------- starting it
 
 
-def write_config_once(config: TrainingConfig, run_dir: Path) -> None:
-    """Make `run_dir` a run of `config`, unless it is one already.
-
-    Raises:
-        RunError: it is a run of another config.
-    """
-    refuse_changed_config(config, run_dir)
-    if not (run_dir / paths.CONFIG).is_file():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        paths.write_atomically(run_dir / paths.CONFIG, config.to_json())
-
-
-def launch(config: TrainingConfig, run_dir: str | Path) -> Run:
-    """Start the trainer as a process of its own and return once it owns the run; attach where one is at work already.
-
-    A finished run is returned as it is. In a batch run (under the engine) the trainer is stopped with a checkpoint
-    when this process ends; otherwise it is detached and goes on.
-
-    Raises:
-        RunError: the directory holds another config, or the trainer did not start (with the end of its log).
-    """
-    directory = (workspace_root() / run_dir).resolve()
-    write_config_once(config, directory)
-    run = Run.open(directory)
-    if run.status().status in ("done", "running"):
-        return run
-    process = start_process(
-        [sys.executable, "-m", "scripts.trainer", str(directory)],
-        working_dir=workspace_root(),
-        log=directory / paths.LOG,
-        dies_with_caller=is_batch(),
-    )
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        status = run.status()
-        if status.pid == process.pid or status.is_alive:
-            return run
-        if process.poll() is not None:
-            raise RunError(f"the trainer must start, but it ended with status {process.returncode}:\n{run.log_tail(20)}")
-        time.sleep(0.05)
-    raise RunError(f"the trainer must own {directory} within {START_TIMEOUT_S} s, but does not; see {directory / paths.LOG}")
-
-
 def main(arguments: list[str]) -> int:
     """Train the run directory that is the one argument; returns the exit status."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m scripts.trainer RUN_DIR (a folder with a config.json; there are no flags)", file=sys.stderr)
+        print(
+            "usage: python -m scripts.trainer RUN_DIR (a folder with a config.json; there are no flags)",
+            file=sys.stderr,
+        )
         return EXIT_BAD_CONFIG
     run_dir = (workspace_root() / arguments[0]).resolve()
     try:
         config = TrainingConfig.from_json((run_dir / paths.CONFIG).read_text())
     except FileNotFoundError:
-        print(f"{run_dir} must hold {paths.CONFIG}, but does not; start runs with launch() or `make report`", file=sys.stderr)
+        print(
+            f"{run_dir} must hold {paths.CONFIG}, but does not; start runs with launch() or `make report`",
+            file=sys.stderr,
+        )
         return EXIT_BAD_CONFIG
     except ConfigError as error:
         print(f"{run_dir / paths.CONFIG}: {error}", file=sys.stderr)

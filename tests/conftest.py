@@ -29,9 +29,7 @@ def shared_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_run(
-    tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, shared_data_dir: Path
-) -> Callable[..., Path]:
+def make_run(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, shared_data_dir: Path) -> Callable[..., Path]:
     """make_run(name, **fields): a run directory with the `tiny` preset's config, not started."""
 
     def make(name: str, **fields: object) -> Path:

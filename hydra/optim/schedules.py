@@ -14,7 +14,7 @@ def _warmup(step: int, warmup_steps: int) -> float:
 def warmup_stable_decay(
     step: int, *, max_steps: int, warmup_steps: int, decay_fraction: float, final_fraction: float
 ) -> float:
-    """Linear warm-up, a plateau at 1, then a linear fall to `final_fraction` over the last `decay_fraction` of the steps.
+    """Linear warm-up, a plateau at 1, then a linear fall to `final_fraction` over the last `decay_fraction` of steps.
 
     The fall reaches `final_fraction` one step after the last update, so that no update is lost to a rate of 0.
     Source: the trapezoid of Hägele et al., arXiv 2405.18392.
@@ -25,6 +25,8 @@ def warmup_stable_decay(
 
 
 def cosine(step: int, *, max_steps: int, warmup_steps: int, final_fraction: float) -> float:
-    """Linear warm-up, then half a cosine from 1 to `final_fraction`. Source: Loshchilov and Hutter, arXiv 1608.03983."""
+    """Linear warm-up, then half a cosine from 1 to `final_fraction` (Loshchilov and Hutter, arXiv 1608.03983)."""
     progress = max(0.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return _warmup(step, warmup_steps) * (final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return _warmup(step, warmup_steps) * (
+        final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    )

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.errors import CheckpointError
 from hydra.runtime import paths
@@ -26,7 +26,7 @@ class Checkpoint:
     """What one checkpoint holds: named groups of tensors (`model`, `optimizer`, `rng`) and the trainer's JSON state."""
 
     tensors: Mapping[str, Mapping[str, "Tensor"]]
-    trainer_state: Mapping[str, object]
+    trainer_state: Mapping[str, Any]
 
 
 def checkpoint_directory(run_dir: Path, step: int) -> Path:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hydra.runtime import paths
 
@@ -42,14 +43,12 @@ def describe_source() -> dict[str, object]:
     return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
 
 
-def record_session(run_dir: Path, session: Mapping[str, object], choices: Mapping[str, object]) -> dict[str, object]:
+def record_session(run_dir: Path, session: Mapping[str, object], choices: Mapping[str, object]) -> dict[str, Any]:
     """Append `session` to environment.json and return the choices that hold: those of the first session, for good."""
     path = run_dir / paths.ENVIRONMENT
     environment = paths.read_json(path)
-    resolved = environment.get("resolved", dict(choices))
-    sessions = environment.get("sessions", [])
-    assert isinstance(resolved, dict) and isinstance(sessions, list)
-    paths.write_json(path, {"resolved": resolved, "sessions": [*sessions, dict(session)]})
+    resolved: dict[str, Any] = environment.get("resolved", dict(choices))
+    paths.write_json(path, {"resolved": resolved, "sessions": [*environment.get("sessions", []), dict(session)]})
     return resolved
 
 

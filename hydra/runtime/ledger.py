@@ -61,9 +61,9 @@ class RunStatus:
         assert self.owner is not None and self.heartbeat_at is not None
         if self.owner.is_alive():
             return self
-        if not self.owner.is_here() and self.owner.host != current_process().host:
-            if time.time() - self.heartbeat_at < FOREIGN_HEARTBEAT_S:
-                return self
+        is_foreign = not self.owner.is_here() and self.owner.host != current_process().host
+        if is_foreign and time.time() - self.heartbeat_at < FOREIGN_HEARTBEAT_S:
+            return self
         message = f"its trainer (process {self.owner.pid} on {self.owner.host}) ended without a word"
         return replace(self, status="interrupted", cause="killed", message=message, ended_at=self.heartbeat_at)
 
@@ -77,7 +77,7 @@ def _read_stored(run_dir: Path) -> RunStatus:
     stored = paths.read_json(run_dir / paths.STATE)
     owner = stored.pop("owner", None)
     identity = ProcessIdentity(**owner) if isinstance(owner, Mapping) else None
-    return RunStatus(**stored, owner=identity)  # type: ignore[arg-type]
+    return RunStatus(**stored, owner=identity)
 
 
 @dataclass

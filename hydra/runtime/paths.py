@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 CONFIG = "config.json"
 STATE = "state.json"
@@ -60,7 +61,7 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, or {} when there is no such file yet."""
     try:
         value = json.loads(path.read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessIdentity:
-    """One process for as long as it lives. `start_ticks` is in clock ticks since boot (`/proc/<pid>/stat`, field 22)."""
+    """One process as long as it lives. `start_ticks` is in clock ticks since boot (`/proc/<pid>/stat`, field 22)."""
 
     pid: int
     start_ticks: int
@@ -57,7 +57,9 @@ def _start_ticks(pid: int) -> int | None:
     return None if state in "ZX" else int(rest[18])
 
 
-def start_process(command: list[str], *, working_dir: Path, log: Path, dies_with_caller: bool) -> "subprocess.Popen[bytes]":
+def start_process(
+    command: list[str], *, working_dir: Path, log: Path, dies_with_caller: bool
+) -> "subprocess.Popen[bytes]":
     """Start `command` in a session of its own, its output appended to `log`.
 
     Args:

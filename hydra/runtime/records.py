@@ -3,16 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hydra.runtime import paths
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 
 def read_records(path: Path) -> list[dict[str, object]]:
-    """Every complete line of `path` in order; [] where there is none. A last line that is still being written is left out."""
+    """Every complete line of `path`, in order; [] where there is none. A line still being written is left out."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -42,7 +38,7 @@ class MetricsWriter:
 
         self._path = run_dir / paths.METRICS
         cut_records(self._path, first_step)
-        self._board: SummaryWriter = SummaryWriter(str(run_dir / paths.EVENTS), purge_step=first_step + 1)
+        self._board = SummaryWriter(str(run_dir / paths.EVENTS), purge_step=first_step + 1)
 
     def write(self, record: Mapping[str, float | int]) -> None:
         """Append the record; its `step` places it."""

@@ -36,7 +36,9 @@ class Run:
         """
         directory = (paths.workspace_root() / run_dir).resolve()
         if not (directory / paths.CONFIG).is_file():
-            raise RunError(f"a run directory must hold {paths.CONFIG}, but {directory} does not; start one with launch()")
+            raise RunError(
+                f"a run directory must hold {paths.CONFIG}, but {directory} does not; start one with launch()"
+            )
         return cls(directory)
 
     def __repr__(self) -> str:

@@ -144,7 +144,7 @@ class AttentionContract:
         assert_close(out_BTD, expected_BTD, torch.bfloat16, "outputs")
 
     def test_meta_device(self) -> None:
-        """Built without memory, moved and loaded, the layer computes the same: nothing is kept outside its state dict."""
+        """Built without memory, moved and loaded, it computes the same: nothing is kept outside its state dict."""
         layer, x_BTD = self.build(), self.activations(2, 7)
         with torch.device("meta"):
             other = build_attention(self.backend, d_model=self.d_model, n_heads=self.n_heads, **self.options)
@@ -155,7 +155,9 @@ class AttentionContract:
 
     # Cache.
 
-    def run_split(self, layer: AttentionBackend, x_BTD: Tensor, split: tuple[int, ...], ids_BT: Tensor | None) -> Tensor:
+    def run_split(
+        self, layer: AttentionBackend, x_BTD: Tensor, split: tuple[int, ...], ids_BT: Tensor | None
+    ) -> Tensor:
         """Feed x_BTD through a cache in pieces of these lengths."""
         cache = layer.new_cache(x_BTD.shape[0], x_BTD.shape[1])
         pieces, start = [], 0

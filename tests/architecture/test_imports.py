@@ -75,7 +75,9 @@ def test_imports_go_down_only(module: str) -> None:
             continue
         if name == "hydra" and module != "scripts":
             pytest.fail(f"{module} imports the bare package hydra; name the module")
-        assert is_within(name, floor) or any(is_within(name, below) for below in ALLOWED[floor]), f"{module} imports {name}"
+        assert is_within(name, floor) or any(is_within(name, below) for below in ALLOWED[floor]), (
+            f"{module} imports {name}"
+        )
 
 
 def test_backends_do_not_import_each_other() -> None:
@@ -105,7 +107,9 @@ def test_importing_for_a_check_of_parameters_needs_no_torch() -> None:
 
 def test_every_module_of_a_clean_clone_imports_without_gpu_and_triton(tmp_path: Path) -> None:
     """The files git knows, and no others: an ignore rule that swallows a package shows here."""
-    files = subprocess.run(["git", "ls-files", "hydra", "scripts"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = subprocess.run(
+        ["git", "ls-files", "hydra", "scripts"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in files.stdout.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
@@ -120,7 +124,9 @@ def test_every_module_of_a_clean_clone_imports_without_gpu_and_triton(tmp_path: 
         "    module = importlib.import_module(name)\n"
         f"    assert module.__file__.startswith({str(tmp_path)!r}), module.__file__\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin"})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin"}
+    )
 
 
 def test_hydra_core_in_the_way_is_said_plainly(tmp_path: Path) -> None:

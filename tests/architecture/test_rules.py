@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import json
 import re
 import tomllib
@@ -32,7 +33,9 @@ def test_only_the_trainer_steps_an_optimizer() -> None:
 
 
 SHIMS = [
-    *sorted(path for path in (ROOT / "hydra" / "attention").glob("*.py") if (path.parent / "backends" / path.stem).is_dir()),
+    *sorted(
+        path for path in (ROOT / "hydra" / "attention").glob("*.py") if (path.parent / "backends" / path.stem).is_dir()
+    ),
     *(ROOT / "hydra" / "model" / "ccgqa").glob("*.py"),
 ]
 
@@ -40,7 +43,9 @@ SHIMS = [
 @pytest.mark.parametrize("path", SHIMS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shims_define_nothing(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
-        assert not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda), ast.unparse(node)
+        assert not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda), ast.unparse(
+            node
+        )
 
 
 def test_there_are_shims() -> None:
@@ -52,7 +57,7 @@ def test_every_config_field_is_documented() -> None:
     body = tree.body[0].body  # type: ignore[attr-defined]
     documented = {
         node.target.id: after.value.value
-        for node, after in zip(body, body[1:], strict=False)
+        for node, after in itertools.pairwise(body)
         if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
     }
     assert set(documented) == {field.name for field in fields(TrainingConfig)}
@@ -74,15 +79,23 @@ def test_config_is_never_read_with_a_default_and_weights_never_loosely() -> None
     for path in PRODUCT:
         for call in calls(path):
             written = ast.unparse(call)
-            assert not (written.startswith("getattr(") and "config" in written and len(call.args) > 2), f"{path}: {written}"
-            loose = [keyword for keyword in call.keywords if keyword.arg == "strict" and ast.unparse(keyword.value) == "False"]
+            assert not (written.startswith("getattr(") and "config" in written and len(call.args) > 2), (
+                f"{path}: {written}"
+            )
+            loose = [
+                keyword
+                for keyword in call.keywords
+                if keyword.arg == "strict" and ast.unparse(keyword.value) == "False"
+            ]
             assert not (loose and "state_dict" in written), f"{path}: {written}"
 
 
 def test_no_handler_swallows_what_it_does_not_name() -> None:
     for path in PRODUCT:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")):
+            if isinstance(node, ast.ExceptHandler) and (
+                node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            ):
                 assert any(isinstance(inner, ast.Raise) for inner in ast.walk(node)), f"{path}:{node.lineno}"
 
 
@@ -111,7 +124,10 @@ def test_the_conda_environment_repeats_no_package_of_pyproject() -> None:
     yaml = pytest.importorskip("yaml")
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], *(entry for extra in project["optional-dependencies"].values() for entry in extra)]
+    named = [
+        *project["dependencies"],
+        *(entry for extra in project["optional-dependencies"].values() for entry in extra),
+    ]
     python_packages = {re.split(r"[<>=!~ ;\[]", entry)[0].lower() for entry in named}
     conda, pip = [], []
     for entry in environment["dependencies"]:
@@ -127,7 +143,10 @@ def test_the_conda_environment_repeats_no_package_of_pyproject() -> None:
 
 def test_the_lock_holds_every_package_that_pyproject_names_but_torch() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], *(entry for extra in project["optional-dependencies"].values() for entry in extra)]
+    named = [
+        *project["dependencies"],
+        *(entry for extra in project["optional-dependencies"].values() for entry in extra),
+    ]
     lock = (ROOT / "requirements.lock").read_text()
     locked = set(re.findall(r"^([a-z0-9._-]+)==", lock, flags=re.MULTILINE))
     assert {re.split(r"[<>=!~ ;\[]", entry)[0].lower() for entry in named} - locked == {"torch"}

@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,12 +170,17 @@ def test_a_cell_takes_too_long(workplace: Workplace) -> None:
     assert workplace.left_behind() == []
 
 
-@pytest.mark.parametrize(("code", "status"), [("0", 0), ("3", 1)])
-def test_sys_exit(workplace: Workplace, code: str, status: int) -> None:
-    workplace.write_notebook(f"import sys\nsys.exit({code})", "'never'")
-    done = workplace.run()
-    assert done.returncode == status
-    assert [cell.metadata.papermill.status for cell in workplace.read().cells][-1] != "running"
+def test_sys_exit_with_success_ends_the_notebook_early(workplace: Workplace) -> None:
+    workplace.write_notebook("import sys\nsys.exit(0)", "'never'")
+    assert workplace.run().returncode == 0
+    assert workplace.statuses() == ["completed", "failed", "pending"]
+
+
+def test_sys_exit_with_failure_is_a_failure(workplace: Workplace) -> None:
+    workplace.write_notebook("import sys\nsys.exit(3)", "'never'")
+    assert workplace.run().returncode == 1
+    assert workplace.read().metadata.papermill.exception is True
+    assert "SystemExit: 3" in workplace.report()
 
 
 def test_a_notebook_that_leaves_its_run_undone_is_not_well(workplace: Workplace, start_trainer_source: str) -> None:
@@ -207,8 +211,7 @@ def test_the_notebook_is_kept_with_the_run(workplace: Workplace) -> None:
     assert not list(workplace.root.rglob("*.tmp"))
 
 
-def test_the_next_name_does_not_matter_to_other_engines(workplace: Workplace, tmp_path: Path) -> None:
-    """papermill's own warning is silenced for this engine only."""
+def test_other_engines_keep_their_warning(workplace: Workplace) -> None:
     workplace.write_notebook("1")
     done = workplace.run("-p", "whatever", "1", "--engine", "nbclient", output="other.ipynb")
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,14 @@ def command(run_dir: Path, corpus_dir: Path, data_dir: Path) -> list[str]:
         arguments += ["-p", name, str(value)]
     arguments += ["-r", "corpus", str(corpus_dir), "-r", "data_dir", str(data_dir)]
     papermill = Path(sys.executable).with_name("papermill")
-    return [str(papermill), "notebooks/pretrain.ipynb", str(run_dir / "pretrain.ipynb"), "--engine", "hydra", *arguments]
+    return [
+        str(papermill),
+        "notebooks/pretrain.ipynb",
+        str(run_dir / "pretrain.ipynb"),
+        "--engine",
+        "hydra",
+        *arguments,
+    ]
 
 
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
@@ -37,7 +44,7 @@ def start(arguments: list[str]) -> "subprocess.Popen[str]":
 
 
 def processes_of(run_dir: Path) -> Iterator[tuple[int, str]]:
-    """Living processes that have to do with the run: those that name it on the command line or got it from the engine."""
+    """Living processes of the run: those that name it on the command line or got it from the engine."""
     needle = str(run_dir).encode()
     for entry in Path("/proc").glob("[0-9]*"):
         try:

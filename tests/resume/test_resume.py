@@ -18,7 +18,14 @@ from scripts.trainer import Trainer
 MakeRun = Callable[..., Path]
 StartTrainer = Callable[[Path], "subprocess.Popen[str]"]
 # Several epochs of the small corpus, accumulation, and a checkpoint that shares no factor with logs and evaluations.
-LONG = {"max_steps": 240, "batch_size": 6, "micro_batch_size": 2, "checkpoint_every": 7, "eval_every": 50, "log_every": 3}
+LONG = {
+    "max_steps": 240,
+    "batch_size": 6,
+    "micro_batch_size": 2,
+    "checkpoint_every": 7,
+    "eval_every": 50,
+    "log_every": 3,
+}
 
 
 def finish(start_trainer: StartTrainer, run_dir: Path) -> None:
@@ -95,15 +102,21 @@ def test_asked_to_stop_it_loses_no_step(
     assert figures(run_dir) == figures(uninterrupted)
 
 
-def test_stopped_while_it_prepares_it_ends_at_once_and_says_so(make_run: MakeRun, start_trainer: StartTrainer, tmp_path: Path) -> None:
+def test_stopped_while_it_prepares_it_ends_at_once_and_says_so(
+    make_run: MakeRun, start_trainer: StartTrainer, tmp_path: Path
+) -> None:
     """Training a tokenizer is one long library call; the signal must not wait for its end."""
     corpus = tmp_path / "large"
     corpus.mkdir()
     source = random.Random(1)
     for number in range(40):
-        words = ("".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randrange(3, 12))) for _ in range(40_000))
+        words = (
+            "".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randrange(3, 12))) for _ in range(40_000)
+        )
         (corpus / f"{number}.txt").write_text(" ".join(words))
-    run_dir = make_run("preparing", corpus=str(corpus), data_dir=str(tmp_path / "data"), tokenizer="bpe", vocab_size=30_000)
+    run_dir = make_run(
+        "preparing", corpus=str(corpus), data_dir=str(tmp_path / "data"), tokenizer="bpe", vocab_size=30_000
+    )
     process = start_trainer(run_dir)
     deadline = time.monotonic() + 60
     while Run.open(run_dir).status().stage != "preparing data":

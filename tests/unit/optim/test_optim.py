@@ -1,5 +1,7 @@
 """Schedules at their corners, and each parameter in exactly one group."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ def test_warmup_stable_decay_corners() -> None:
     assert rate[10:61] == [1.0] * 51
     assert rate[61] < 1.0
     assert rate[100] == pytest.approx(0.1)
-    falls = [before - after for before, after in zip(rate[60:], rate[61:], strict=False)]
+    falls = [before - after for before, after in itertools.pairwise(rate[60:])]
     assert falls == pytest.approx([0.9 / 40] * 40)
 
 

@@ -76,7 +76,9 @@ def test_a_failure_at_any_point_leaves_what_was_there(tmp_path: Path, monkeypatc
             whole = list_checkpoints(tmp_path)
             assert whole
             step = int(whole[-1].name.removeprefix("step-"))
-            assert torch.equal(load_checkpoint(whole[-1], GROUPS).tensors["model"]["weight"], make(step).tensors["model"]["weight"])
+            assert torch.equal(
+                load_checkpoint(whole[-1], GROUPS).tensors["model"]["weight"], make(step).tensors["model"]["weight"]
+            )
             continue
         break
     assert n_failures >= 6

@@ -86,8 +86,11 @@ def test_another_config_under_the_same_name_is_refused_with_the_difference_and_a
 
 
 def test_papermill_arguments_ask_for_the_same_config() -> None:
-    config = TrainingConfig.preset("tiny", seed=4, corpus=("a b",), tie_embeddings=True, sample_prompt="1", learning_rate=1e-4)
+    config = TrainingConfig.preset(
+        "tiny", seed=4, corpus=("a b",), tie_embeddings=True, sample_prompt="1", learning_rate=1e-4
+    )
     arguments = config.papermill_arguments()
     assert arguments[:3] == ["-p", "preset", "tiny"]
-    assert ["-r", "sample_prompt", "1"] == arguments[arguments.index("-r") : arguments.index("-r") + 3]
+    at = arguments.index("-r")
+    assert arguments[at : at + 3] == ["-r", "sample_prompt", "1"]
     assert json.dumps({"corpus": ["a b"]}) in arguments

@@ -83,9 +83,7 @@ def test_4_shapes_and_groups_of_the_convolutions() -> None:
 def test_4_table_of_costs(n_query_heads: int, n_kv_heads: int, millions: float, gigaflops_4096: float) -> None:
     """spec/architectures.md 0.1: d_model 2048, 16 reference heads, causal pairs; published as CCA-4x, CCA-8x, ..."""
     with torch.device("meta"):
-        layer = build_attention(
-            "ccgqa", d_model=2048, n_heads=16, n_query_heads=n_query_heads, n_kv_heads=n_kv_heads
-        )
+        layer = build_attention("ccgqa", d_model=2048, n_heads=16, n_query_heads=n_query_heads, n_kv_heads=n_kv_heads)
     assert sum(parameter.numel() for parameter in layer.parameters()) / 1e6 == pytest.approx(millions, abs=6e-4)
     assert layer.flops(4096) / 1e9 == pytest.approx(gigaflops_4096, abs=0.06)
     assert layer.kv_bytes_per_token == 2 * n_kv_heads * 128 * 4
@@ -184,7 +182,7 @@ def test_10_queries_and_keys_do_not_depend_on_the_scale_of_the_input(factor: flo
 
 
 def test_11_counted_operations() -> None:
-    """2 (lin + conv) S + 4 lq S^2, all pairs counted; the depthwise convolution is element-wise, so not in the count."""
+    """2 (lin + conv) S + 4 lq S^2, all pairs counted; the depthwise convolution is element-wise: not in the count."""
     layer, n_tokens = build(torch.float32), 17
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         layer(random_activations(1, n_tokens, 32, dtype=torch.float32))

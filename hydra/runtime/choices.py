@@ -1,0 +1,56 @@
+"""What is chosen once for a run, from `auto` and this machine, and then stays: device, threads, dtype."""
+
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hydra.errors import ConfigError
+from hydra.runtime.environment import describe_session, record_session
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """Device (`cpu` or `cuda`), CPU threads of one operation, and dtype of weights and activations."""
+
+    device: str
+    threads: int
+    dtype: str
+
+
+def choose_once(run_dir: Path, *, device: str, threads: int) -> Choices:
+    """The run's choices: those of its first session, or now those for `device` (may be `auto`) and `threads` (0: all).
+
+    Records this session in environment.json.
+
+    Raises:
+        ConfigError: the run computes on a device that this machine does not have.
+    """
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    now = Choices(
+        device=("cuda" if has_cuda else "cpu") if device == "auto" else device,
+        threads=threads or len(os.sched_getaffinity(0)),
+        dtype="float32",
+    )
+    choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
+    logger.info("computing with %s (asked for: device=%s, threads=%d)", choices, device, threads)
+    if choices.device == "cuda" and not has_cuda:
+        raise ConfigError("device must be one that this machine has, but it is cuda and torch sees no GPU here")
+    return choices
+
+
+def set_up_torch(choices: Choices, seed: int) -> None:
+    """Make this process compute the same from the same, and seed torch's global generator."""
+    import torch
+
+    # cuBLAS is deterministic only with a workspace of fixed size; read when the first handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(choices.threads)
+    torch.use_deterministic_algorithms(True)
+    # Deterministic mode would also fill every fresh tensor; nothing here reads memory that it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.manual_seed(seed)

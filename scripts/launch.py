@@ -1,0 +1,56 @@
+"""Starting the trainer as a process of its own, from a notebook or from Python."""
+
+import sys
+import time
+from pathlib import Path
+
+from hydra.errors import RunError
+from hydra.notebook.parameters import is_batch
+from hydra.runtime import Run, paths, workspace_root
+from hydra.runtime.processes import start_process
+from scripts.config import TrainingConfig, refuse_changed_config
+
+START_TIMEOUT_S = 60.0
+
+
+def launch(config: TrainingConfig, run_dir: str | Path) -> Run:
+    """Start the trainer on `run_dir` and return once it owns the run; attach where one is at work already.
+
+    A finished run is returned as it is. In a batch run (under the engine) the trainer is stopped with a checkpoint
+    when this process ends; otherwise it is detached and goes on.
+
+    Raises:
+        RunError: the directory holds another config, or the trainer did not start (with the end of its log).
+    """
+    directory = (workspace_root() / run_dir).resolve()
+    write_config_once(config, directory)
+    run = Run.open(directory)
+    if run.status().status in ("done", "running"):
+        return run
+    process = start_process(
+        [sys.executable, "-m", "scripts.trainer", str(directory)],
+        working_dir=workspace_root(),
+        log=directory / paths.LOG,
+        dies_with_caller=is_batch(),
+    )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        status = run.status()
+        if status.pid == process.pid or status.is_alive:
+            return run
+        if process.poll() is not None:
+            raise RunError(f"the trainer must start, but ended with status {process.returncode}:\n{run.log_tail(20)}")
+        time.sleep(0.05)
+    raise RunError(f"the trainer must own {directory} within {START_TIMEOUT_S} s; see {directory / paths.LOG}")
+
+
+def write_config_once(config: TrainingConfig, run_dir: Path) -> None:
+    """Make `run_dir` a run of `config`, unless it is one already.
+
+    Raises:
+        RunError: it is a run of another config.
+    """
+    refuse_changed_config(config, run_dir)
+    if not (run_dir / paths.CONFIG).is_file():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        paths.write_atomically(run_dir / paths.CONFIG, config.to_json())
