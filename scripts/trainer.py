@@ -135,7 +135,7 @@ class Trainer:
         if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
             raise NotFiniteError(
                 f"loss and gradient norm must be finite, but got {loss_nats=} and {grad_norm=} in step "
-                f"{self.step + 1}; the weights are still those of the step before. Lower learning_rate, or raise warmup_steps"
+                f"{self.step + 1}; the weights have not moved. Lower learning_rate, or raise warmup_steps"
             )
         learning_rate = config.learning_rate * self._schedule(self.step)
         for group in self.optimizer.param_groups:

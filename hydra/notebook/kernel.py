@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -20,8 +19,6 @@ from traitlets import Integer
 MAX_OUTPUT_BYTES = 1_000_000
 # sockaddr_un holds 108 bytes; jupyter_client appends "-ipc-5" to the connection file's stem.
 MAX_SOCKET_PATH_BYTES = 107
-OVERWRITTEN_LINE = re.compile(r"[^\n]*\r(?=[^\n])")
-BACKSPACE = re.compile(r"[^\n]\x08")
 
 
 class BatchKernelManager(AsyncKernelManager):
@@ -171,7 +168,19 @@ def _append_stream(outs: list[NotebookNode], name: str, text: str) -> None:
 
 
 def _as_terminal(text: str) -> str:
-    previous = None
-    while text != previous:
-        previous, text = text, BACKSPACE.sub("", text)
-    return OVERWRITTEN_LINE.sub("", text)
+    """What a terminal would show of `text`; in linear time, for a line of a megabyte too."""
+    if "\b" in text:
+        shown: list[str] = []
+        for character in text:
+            if character != "\b":
+                shown.append(character)
+            elif shown and shown[-1] != "\n":
+                shown.pop()
+        text = "".join(shown)
+    return "\n".join(map(_overwrite, text.split("\n"))) if "\r" in text else text
+
+
+def _overwrite(line: str) -> str:
+    """Only what was written behind the last carriage return; one at the end overwrites when something follows."""
+    kept = line.rstrip("\r")
+    return kept.rpartition("\r")[2] + line[len(kept) :]

@@ -1,5 +1,6 @@
 """The progress of a batch run, drawn on the terminal from the run directory."""
 
+import os
 import sys
 import threading
 import time
@@ -80,7 +81,8 @@ class Progress:
         self._cell = index
 
     def _draw(self) -> None:
-        if not sys.stderr.isatty():
+        # A terminal may have no width (some job runners' have none); a bar would not show there.
+        if not sys.stderr.isatty() or os.get_terminal_size(sys.stderr.fileno()).columns == 0:
             self._print_lines()
             return
         with tqdm(total=0, file=sys.stderr, dynamic_ncols=True, bar_format="{desc}") as bar:
@@ -92,13 +94,10 @@ class Progress:
         """Draw once; returns the seconds to wait, so that reading a long run takes a small share of the time."""
         began = time.monotonic()
         status, line = self._line()
-        if status.max_steps and status.step:
-            bar.bar_format = "{desc} {percentage:3.0f}%|{bar}| {postfix}"
+        if status.step:
+            bar.bar_format = "{desc} {percentage:3.0f}%|{bar}|"
             bar.total, bar.n = status.max_steps, status.step
-            bar.set_description_str(f"cell {self._cell + 1}/{self._n_cells}", refresh=False)
-            bar.set_postfix_str(line, refresh=False)
-        else:
-            bar.set_description_str(line, refresh=False)
+        bar.set_description_str(line, refresh=False)
         bar.refresh()
         return max(0.5, (time.monotonic() - began) / SHARE_OF_TIME)
 
@@ -112,8 +111,10 @@ class Progress:
 
     def _line(self) -> tuple[RunStatus, str]:
         status = self._run.status()
+        parts = [f"cell {self._cell + 1}/{self._n_cells}"]
         if status.step:
-            return status, describe(status, last_training_record(self._run.metrics()))
-        said = self._run.log_tail(1).strip()[:100] if status.is_alive else ""
-        doing = f"{status.stage}: {said}" if status.is_alive and said else status.stage if status.is_alive else ""
-        return status, " | ".join(part for part in (f"cell {self._cell + 1}/{self._n_cells}", doing) if part)
+            parts.append(describe(status, last_training_record(self._run.metrics())))
+        elif status.is_alive:
+            said = self._run.log_tail(1).strip()[:100]
+            parts.append(f"{status.stage}: {said}" if said else status.stage)
+        return status, " | ".join(parts)

@@ -9,7 +9,7 @@ def build_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[s
     """Two groups for AdamW: matrices (two or more axes) with `weight_decay`, and the rest (gains, biases, temperatures).
 
     Norm gains, biases and temperatures have no scale that decay could regularise, so they get none
-    (Loshchilov and Hutter, arXiv 1711.05101, decay all weights; leaving vectors out is the custom since GPT-2).
+    (Loshchilov and Hutter, arXiv 1711.05101, decay all weights; sparing vectors is the custom since GPT-2).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]

@@ -73,6 +73,8 @@ def start_process(
         return subprocess.Popen(
             command,
             cwd=working_dir,
+            # Threads that wait in OpenMP spin by default, which makes a busy machine many times slower.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

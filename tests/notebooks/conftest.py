@@ -38,10 +38,12 @@ class Workplace:
         kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), self.root / "job.ipynb")
 
-    def begin(self, *arguments: str, output: str = "runs/job/job.ipynb") -> "subprocess.Popen[str]":
+    def begin(
+        self, *arguments: str, output: str = "runs/job/job.ipynb", stderr: int = subprocess.PIPE
+    ) -> "subprocess.Popen[str]":
         command = [sys.executable, str(HERE / "fake_engine.py"), "job.ipynb", output, "--engine", "fake", *arguments]
         process = subprocess.Popen(
-            command, cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command, cwd=self.root, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
         )
         self.processes.append(process)
         return process
@@ -73,7 +75,7 @@ class Workplace:
         return found
 
 
-@pytest.fixture()
+@pytest.fixture
 def workplace(tmp_path: Path) -> Iterator[Workplace]:
     place = Workplace(tmp_path)
     yield place

@@ -1,4 +1,4 @@
-"""`python fake_engine.py IN OUT --engine fake ...`: papermill's command with hydra.notebook's engine bound to a tiny plan.
+"""`python fake_engine.py IN OUT --engine fake ...`: papermill's command, our engine bound to a tiny plan.
 
 `python fake_engine.py --trainer RUN_DIR N_STEPS` is the trainer of that plan: a step takes 0.05 s, SIGTERM ends it.
 """
@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+
 
 def start_trainer(run_dir: Path, n_steps: int, *, dies_with_caller: bool = True) -> None:
     """What `scripts.trainer.launch` does in a batch run: start the trainer and return once it owns the run."""

@@ -1,7 +1,11 @@
 """However a batch run ends: the notebook, the report and the exit status tell it, and nothing stays behind."""
 
+import contextlib
 import os
+import pty
+import re
 import signal
+import termios
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +24,9 @@ def error_of(cell: Any) -> Any:
 
 def test_all_is_well(workplace: Workplace, start_trainer_source: str) -> None:
     source = start_trainer_source.replace("N_STEPS", "n_steps")
-    workplace.write_notebook(source, "watch(run)\nrun.raise_for_status()", parameters="# Parameters: one\nn_steps = 900")
+    workplace.write_notebook(
+        source, "watch(run)\nrun.raise_for_status()", parameters="# Parameters: one\nn_steps = 900"
+    )
     done = workplace.run("-p", "n_steps", "10", "-p", "text", "x")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
@@ -88,10 +94,8 @@ def test_the_job_is_told_to_end(
     assert workplace.left_behind() == []
 
 
-def test_papermill_is_killed(
-    workplace: Workplace, start_trainer_source: str, wait_until: Callable[..., None]
-) -> None:
-    """Nothing can be written then; but no process stays, the trainer ends by itself, and the next call puts all right."""
+def test_papermill_is_killed(workplace: Workplace, start_trainer_source: str, wait_until: Callable[..., None]) -> None:
+    """Nothing can be written then, but no process stays, the trainer ends by itself, and the next call mends all."""
     finite = "100_000 if not (run_directory() / 'state.json').exists() else Run.open(run_directory()).status().step + 5"
     source = start_trainer_source.replace("N_STEPS", finite)
     workplace.write_notebook(source, "watch(run)\nrun.raise_for_status()")
@@ -186,6 +190,24 @@ def test_sys_exit_with_failure_is_a_failure(workplace: Workplace) -> None:
 def test_a_notebook_that_leaves_its_run_undone_is_not_well(workplace: Workplace, start_trainer_source: str) -> None:
     workplace.write_notebook(start_trainer_source.replace("N_STEPS", "100_000"), "import sys\nsys.exit(0)")
     assert workplace.run().returncode == 75
+
+
+def test_progress_is_drawn_from_the_run_directory(workplace: Workplace, start_trainer_source: str) -> None:
+    workplace.write_notebook(start_trainer_source.replace("N_STEPS", "40"), "watch(run)\nrun.raise_for_status()")
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
+    job = workplace.begin(stderr=terminal)
+    os.close(terminal)
+    drawn = b""
+    with contextlib.suppress(OSError):  # a terminal whose last user has gone
+        while chunk := os.read(screen, 4096):
+            drawn += chunk
+    assert job.wait() == 0
+    text = drawn.decode()
+    assert "cell 1/3" in text
+    assert re.search(r"cell 3/3 \| step \d+/40 \| loss \d\.\d+ \| 100 tokens/s \| \d+ s left +\d+%\|", text)
+    assert "100%|" in text
+    assert "Executing:" not in text
 
 
 def test_output_is_merged_and_bounded(workplace: Workplace) -> None:

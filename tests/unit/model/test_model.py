@@ -87,6 +87,7 @@ def test_prefill_and_decode_equal_one_pass(attention: str, packed: bool) -> None
             start = stop
         assert_close(torch.cat(pieces, dim=1), expected, torch.float64, str(split))
         assert cache.history.n_tokens == 11
+        assert all(layer.history is cache.history for layer in cache.layers)
         with pytest.raises(ConfigError, match="max_tokens=11"):
             model(inputs_BT[:, :1], cache=cache)
 

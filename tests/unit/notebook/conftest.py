@@ -14,7 +14,7 @@ from hydra.runtime import Run, RunStatus
 HOSTILE = "<script>alert('x')</script><img src=http://example.org/x.png onerror=alert(1)>"
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     """make_run(status, n_records): a run directory with a metrics row for every step, hostile strings everywhere."""
 
@@ -82,7 +82,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def done_status() -> RunStatus:
     return RunStatus(
         status="done",
@@ -100,7 +100,7 @@ def done_status() -> RunStatus:
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     return Plan(
         run_dir=tmp_path / "runs" / "job",
