@@ -67,11 +67,11 @@ class TrainingConfig:
     """Folder of the tokenized shards, shared by runs; relative to the workspace root."""
 
     # Model
-    d_model: PositiveInt = 256
+    d_model: PositiveInt = 192
     """Width of the residual stream, in channels."""
     n_layers: PositiveInt = 4
     """Number of blocks."""
-    n_heads: PositiveInt = 8
+    n_heads: PositiveInt = 6
     """Attention heads; the head width is d_model / n_heads."""
     attention: str = "ccgqa"
     """Attention backend of every block; `hydra.attention.available_backends()` lists them."""
@@ -79,7 +79,7 @@ class TrainingConfig:
     """Options of the backend by name, checked against the backend's own spec; left out, its defaults."""
     feed_forward: Literal["swiglu", "squared_relu"] = "swiglu"
     """Feed-forward layer: SwiGLU (three matrices) or squared ReLU (two)."""
-    d_feed_forward: PositiveInt = 704
+    d_feed_forward: PositiveInt = 512
     """Inner width of the feed-forward layer, in channels."""
     tie_embeddings: bool = False
     """Whether the output head shares the embedding's weights."""
@@ -89,17 +89,17 @@ class TrainingConfig:
     # Optimisation
     context_length: Annotated[int, Field(ge=2)] = 256
     """Tokens per row."""
-    batch_size: PositiveInt = 16
+    batch_size: PositiveInt = 8
     """Rows per optimizer step, over all micro-batches."""
-    micro_batch_size: PositiveInt = 16
+    micro_batch_size: PositiveInt = 8
     """Rows per forward and backward pass; must divide batch_size. Changes memory and rounding, nothing else."""
-    max_steps: PositiveInt = 600
+    max_steps: PositiveInt = 800
     """Optimizer steps of the run."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     """Peak learning rate of AdamW."""
     schedule: Literal["warmup_stable_decay", "cosine"] = "warmup_stable_decay"
     """Shape of the learning rate over the steps."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 30
+    warmup_steps: Annotated[int, Field(ge=0)] = 40
     """Steps over which the learning rate rises linearly from 0 to its peak."""
     decay_fraction: Fraction = 0.5
     """Share of max_steps, at the end, over which `warmup_stable_decay` falls linearly; `cosine` does not read it."""
@@ -125,9 +125,9 @@ class TrainingConfig:
     """CPU threads of one operation; 0: all cores this process may use. Chosen once, then kept by the run."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
-    eval_every: PositiveInt = 150
+    eval_every: PositiveInt = 200
     """Steps between two evaluations on the whole validation text; there is one before the first step and at the end."""
-    checkpoint_every: PositiveInt = 150
+    checkpoint_every: PositiveInt = 100
     """Steps between two checkpoints; there is one at the end and at SIGTERM as well."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""

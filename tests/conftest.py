@@ -83,7 +83,7 @@ def figures() -> Callable[[Path], list[dict[str, object]]]:
     return read
 
 
-@pytest.fixture()
+@pytest.fixture
 def moments(request: pytest.FixtureRequest) -> random.Random:
     """Random moments that no test chooses: another seed in every session, printed when the test fails."""
     seed = int.from_bytes(os.urandom(4), "little")

@@ -213,13 +213,13 @@ def environment_section(run: Run) -> Section:
     return Section("environment", body, json.dumps(environment, indent=1))
 
 
-REPORT_SECTIONS: Mapping[str, tuple[str, Callable[[Run], Section]]] = {
-    "corpus": ("Corpus", corpus_section),
-    "curves": ("Curves", curves_section),
-    "samples": ("Samples", samples_section),
-    "yardsticks": ("Yardsticks", yardsticks_section),
-    "environment": ("Environment", environment_section),
-}
+REPORT_SECTIONS: Sequence[tuple[str, Callable[[Run], Section]]] = (
+    ("Corpus", corpus_section),
+    ("Curves", curves_section),
+    ("Samples", samples_section),
+    ("Yardsticks", yardsticks_section),
+    ("Environment", environment_section),
+)
 
 
 def _describe_line(name: str, x: Sequence[float], y: Sequence[float], unit: str) -> str:

@@ -23,7 +23,7 @@ class Section:
     @property
     def marker(self) -> str:
         """What tells this section in a notebook's output."""
-        return section_marker(self.name)
+        return f'data-hydra="{self.name}"'
 
     def to_html(self) -> str:
         """The section as HTML."""
@@ -34,11 +34,6 @@ class Section:
         from IPython.display import display
 
         display({"text/html": self.to_html(), "text/plain": self.text}, raw=True)
-
-
-def section_marker(name: str) -> str:
-    """The attribute that a section of that name carries."""
-    return f'data-hydra="{name}"'
 
 
 def escape(value: object) -> str:

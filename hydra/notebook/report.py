@@ -15,8 +15,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from traitlets.config import Config
 
-from hydra.notebook.figures import REPORT_SECTIONS, YARDSTICKS
-from hydra.notebook.markup import escape, format_number, section_marker, tiles
+from hydra.notebook.figures import REPORT_SECTIONS, YARDSTICKS, config_section
+from hydra.notebook.markup import escape, format_number, tiles
 from hydra.notebook.plan import Plan
 from hydra.notebook.progress import format_duration
 from hydra.runtime import Run, RunStatus
@@ -139,14 +139,17 @@ def _cost(status: RunStatus) -> Mapping[str, object]:
 
 
 def _appendix(run: Run, plan: Plan, nb: NotebookNode) -> list[str]:
-    """What the run directory holds and no cell has shown, and the command."""
+    """What the run directory and the plan hold and no cell has shown, and the command."""
     seen = "".join(
         str(out.get("data", {}).get("text/html", "")) for cell in nb.cells for out in cell.get("outputs", [])
     )
+    missing = [("Config", config_section(plan.config, plan.differences))] if plan.config else []
+    if run.manifest() or run.metrics() or run.environment():
+        missing += [(title, build(run)) for title, build in REPORT_SECTIONS]
     parts = [
-        f'<section><h2 id="{name}">{escape(title)}</h2>{build(run).to_html()}</section>'
-        for name, (title, build) in REPORT_SECTIONS.items()
-        if section_marker(name) not in seen and (run.manifest() or run.metrics() or run.environment())
+        f'<section><h2 id="{section.name}">{escape(title)}</h2>{section.to_html()}</section>'
+        for title, section in missing
+        if section.marker not in seen
     ]
     parts.append(
         '<section><h2 id="reproduce">How to reproduce it</h2>'

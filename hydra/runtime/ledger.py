@@ -112,8 +112,7 @@ class Ledger:
                 f"a run directory must have one owner, but {run_dir} is owned by process {owner or '(starting)'}; "
                 "wait for it, watch it from a notebook, or end it with Run.open(...).stop()"
             ) from None
-        for leftover in run_dir.glob(".*.tmp"):
-            leftover.unlink()
+        paths.remove_abandoned_temporaries(run_dir)
         before = _read_stored(run_dir)
         now = time.time()
         state = replace(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def remove_abandoned_temporaries(directory: Path) -> None:
+    """Remove what `write_atomically` left in `directory` when its process was killed in the middle of a write."""
+    for temporary in directory.iterdir():
+        written_by = re.fullmatch(r"\..+\.(\d+)\.tmp", temporary.name)
+        if written_by and not Path("/proc", written_by[1]).exists():
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:

@@ -108,5 +108,5 @@ def plan(tmp_path: Path) -> Plan:
         question=f"Does it learn? {HOSTILE}",
         command="papermill job.ipynb runs/job/job.ipynb --engine hydra -r sample_prompt '<b>'",
         config={"sample_prompt": HOSTILE},
-        differences={},
+        differences={"sample_prompt": (HOSTILE, HOSTILE)},
     )

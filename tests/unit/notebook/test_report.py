@@ -84,7 +84,7 @@ def test_a_finished_run(make_run: Callable[..., Run], done_status: RunStatus, pl
     }
     assert soup.find(class_="failure") is None
     titles = [heading.get_text() for heading in soup.find_all("h2")]
-    assert titles == ["Status and cost", "First part", "Yardsticks", "Environment", "How to reproduce it"]
+    assert titles == ["Status and cost", "First part", "Config", "Yardsticks", "Environment", "How to reproduce it"]
     assert [link["href"][1:] for link in soup.nav.find_all("a")] == [heading["id"] for heading in soup.find_all("h2")]
     assert plan.command in [pre.get_text() for pre in soup.find_all("pre")]
     assert soup.find(string=lambda text: "f00d" in text)
@@ -120,8 +120,8 @@ def test_hostile_texts_stay_texts(make_run: Callable[..., Run], done_status: Run
     )
     soup = render(nb, replace(plan, command=HOSTILE), failure=f"E: {HOSTILE}")
     shown = soup.get_text()
-    # question, failure twice, log, code, stream, traceback, sample, corpus, command
-    assert shown.count(HOSTILE) == 10
+    # question, failure twice, log, code, stream, traceback, sample, corpus, config (twice, in JSON's spelling), command
+    assert shown.count(HOSTILE) == 12
 
 
 def test_what_a_notebook_displays_cannot_run_or_fetch(
@@ -185,7 +185,7 @@ def test_a_failed_run_tells_it_first(make_run: Callable[..., Run], done_status: 
     assert "first line" in told
     assert soup.find(class_="answer").get_text().startswith("No final answer; at step 50 of 50: 1.462 bits per byte")
     titles = [heading.get_text() for heading in soup.find_all("h2")]
-    assert titles[-6:] == ["Corpus", "Curves", "Samples", "Yardsticks", "Environment", "How to reproduce it"]
+    assert titles[-7:] == ["Config", "Corpus", "Curves", "Samples", "Yardsticks", "Environment", "How to reproduce it"]
 
 
 def test_a_job_that_ended_before_its_run_began(plan: Plan) -> None:

@@ -116,3 +116,15 @@ def test_stop_ends_the_owner(tmp_path: Path) -> None:
     status = Run.open(tmp_path).stop(timeout_s=10)
     assert status.status == "interrupted"
     assert owner.wait() == -signal.SIGTERM
+
+
+def test_what_a_killed_writer_left_is_cleared_and_a_living_one_s_is_not(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    abandoned, in_use = tmp_path / f".state.json.{dead.pid}.tmp", tmp_path / f".pretrain.ipynb.{os.getpid()}.tmp"
+    for path in (abandoned, in_use, tmp_path / ".hidden.tmp"):
+        path.write_text("half")
+    Ledger.open(tmp_path, max_steps=1).close()
+    assert not abandoned.exists()
+    assert in_use.exists()
+    assert (tmp_path / ".hidden.tmp").exists()
