@@ -10,7 +10,7 @@ from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.processes import start_process
 from scripts.config import TrainingConfig, refuse_changed_config
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0  # importing torch from a cold network disk takes its time
 
 
 def launch(config: TrainingConfig, run_dir: str | Path) -> Run:

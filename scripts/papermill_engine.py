@@ -9,6 +9,7 @@ from hydra.notebook.engine import NotebookEngine, silence_unknown_parameters
 from hydra.notebook.parameters import with_trap_hints
 from hydra.notebook.plan import Plan, Request, next_free
 from hydra.runtime import workspace_root
+from hydra.runtime.choices import check_device
 from scripts.config import TrainingConfig, refuse_changed_config
 
 
@@ -22,7 +23,7 @@ class HydraEngine(NotebookEngine):
         """The config that the parameters ask for, checked with its corpus and with what the run directory holds.
 
         Raises:
-            ConfigError: a parameter, an option or a combination cannot be run.
+            ConfigError: a parameter, an option or a combination cannot be run, or not on this machine.
             DataError: the corpus is missing or empty.
             RunError: the run directory holds another config.
         """
@@ -32,6 +33,7 @@ class HydraEngine(NotebookEngine):
             types = {"preset": str, **typing.get_type_hints(TrainingConfig, include_extras=True)}
             raise with_trap_hints(error, request.parameters, types) from None
         check_corpus(config.data_spec(), workspace_root())
+        check_device(config.device)
         arguments = config.papermill_arguments()
         try:
             refuse_changed_config(config, request.run_dir)

@@ -34,7 +34,7 @@ from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from hydra.runtime.choices import choose_once, set_up_torch
 from hydra.runtime.ledger import Ledger, Status
-from hydra.runtime.records import MetricsWriter, append_record, cut_records, read_records
+from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 from hydra.runtime.signals import StopRequest
 from scripts.config import TrainingConfig
 from scripts.launch import launch, write_config_once
@@ -108,6 +108,11 @@ class Trainer:
                 self._checkpoint_if_due()
 
             self._finish()
+        except KeyboardInterrupt:
+            self.ledger.finish(
+                "interrupted", stage="stopped", cause="KeyboardInterrupt", message="stopped by its caller"
+            )
+            raise
         except HydraError as error:
             cause = "not finite" if isinstance(error, NotFiniteError) else type(error).__name__
             self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=str(error))
@@ -224,6 +229,8 @@ class Trainer:
                 return None
             sum_nats += float(self.model(*self._to_device(batch)).losses["cross_entropy"])
             n_targets += batch.n_valid_tokens
+        if not math.isfinite(sum_nats):
+            raise NotFiniteError(f"the validation loss must be finite, but got {sum_nats=} after step {self.step}")
         self._n_validation_targets = n_targets
         return sum_nats / n_targets
 
@@ -285,9 +292,10 @@ class Trainer:
         if checkpoints:
             self._resume(checkpoints[-1])
         self.metrics = MetricsWriter(self.run_dir, self.step)
-        cut_records(self.run_dir / paths.SAMPLES, self.step)
         records = read_records(self.run_dir / paths.METRICS)
         self._evaluated_steps = {record["step"] for record in records if "val_loss_nats" in record}
+        # An evaluation is finished by its metrics; a sample without them is written again.
+        keep_records(self.run_dir / paths.SAMPLES, self._evaluated_steps.__contains__)
         self._step_at_last_log, self._time_at_last_log = self.step, time.perf_counter()
         self.model.train()
 
@@ -327,11 +335,10 @@ class Trainer:
 
     def _finish(self) -> None:
         self.metrics.close()
+        self._checkpoint_if_due()
         if self.step == self.config.max_steps and self.step in self._evaluated_steps:
-            self._checkpoint_if_due()
             self.ledger.finish("done", stage="done")
         else:
-            self._checkpoint_if_due()
             signal_name = self.stop.signal_name
             message = f"stopped by {signal_name} after step {self.step}; its checkpoint is written"
             self.ledger.finish("interrupted", stage="stopped", cause=signal_name, message=message)

@@ -62,8 +62,8 @@ def read_corpus(spec: DataSpec, root: Path) -> Corpus:
     """Read the whole corpus into memory, cut it into documents and split them.
 
     One file is one document, except that files longer than a piece (1/64 of the corpus, between 1 KiB and 64 KiB)
-    are cut at line ends into pieces of at most that size: a corpus that is one long file can be split too. Blank files are
-    left out.
+    are cut at line ends into pieces of at most that size: a corpus that is one long file can be split too. Blank files
+    are left out.
     """
     check_corpus(spec, root)
     files: list[bytes] = []

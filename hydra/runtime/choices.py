@@ -30,17 +30,32 @@ def choose_once(run_dir: Path, *, device: str, threads: int) -> Choices:
     """
     import torch
 
-    has_cuda = torch.cuda.is_available()
+    check_device(device)
     now = Choices(
-        device=("cuda" if has_cuda else "cpu") if device == "auto" else device,
+        device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
         threads=threads or len(os.sched_getaffinity(0)),
         dtype="float32",
     )
     choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
     logger.info("computing with %s (asked for: device=%s, threads=%d)", choices, device, threads)
-    if choices.device == "cuda" and not has_cuda:
-        raise ConfigError("device must be one that this machine has, but it is cuda and torch sees no GPU here")
+    check_device(choices.device)
     return choices
+
+
+def check_device(device: str) -> None:
+    """Return if `device` (`auto`, `cpu` or `cuda`) can be had on this machine.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"device must be one that this machine has, but got cuda, and torch {torch.__version__} sees no GPU "
+                "here; use device auto or cpu for a new run, or go on with this one where there is a GPU"
+            )
 
 
 def set_up_torch(choices: Choices, seed: int) -> None:

@@ -1,13 +1,14 @@
 """Append-only JSON lines (metrics, samples), one object a line, and the TensorBoard copy of the numbers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from hydra.runtime import paths
 
 
-def read_records(path: Path) -> list[dict[str, object]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """Every complete line of `path`, in order; [] where there is none. A line still being written is left out."""
     try:
         text = path.read_text()
@@ -17,9 +18,9 @@ def read_records(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in complete.splitlines()]
 
 
-def cut_records(path: Path, last_step: int) -> None:
-    """Keep the records up to `last_step`: what a resumed run will write again must not stand there twice."""
-    kept = [record for record in read_records(path) if int(str(record["step"])) <= last_step]
+def keep_records(path: Path, is_kept: Callable[[int], bool]) -> None:
+    """Keep the records of those steps: what a resumed run will write again must not stand there twice."""
+    kept = [record for record in read_records(path) if is_kept(record["step"])]
     paths.write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
@@ -37,7 +38,7 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run_dir / paths.METRICS
-        cut_records(self._path, first_step)
+        keep_records(self._path, lambda step: step <= first_step)
         self._board = SummaryWriter(str(run_dir / paths.EVENTS), purge_step=first_step + 1)
 
     def write(self, record: Mapping[str, float | int]) -> None:

@@ -21,7 +21,7 @@ def every_field(corpus: Path, data_dir: Path) -> dict[str, object]:
         "data_dir": str(data_dir),
         "d_model": 48,
         "n_layers": 1,
-        "n_heads": 6,
+        "n_heads": 8,
         "attention": "gqa",
         "attention_options": {"n_kv_heads": 2, "rope_base": 500.0},
         "feed_forward": "squared_relu",

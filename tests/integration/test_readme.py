@@ -19,9 +19,10 @@ def test_the_lines_that_load_and_sample_a_model(
     run_dir.rename(moved)
     lines = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(lines) == 1
-    assert len(lines[0].strip().splitlines()) == 5
+    assert len([line for line in lines[0].splitlines() if line]) == 5
     program = lines[0].replace("runs/pretrain", str(moved))
-    outputs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT) for _ in range(2)]
+    command = [sys.executable, "-c", program]
+    outputs = [subprocess.run(command, capture_output=True, text=True, cwd=ROOT) for _ in range(2)]
     assert outputs[0].returncode == 0, outputs[0].stderr
     assert len(outputs[0].stdout) > 50
     assert outputs[0].stdout == outputs[1].stdout

@@ -38,6 +38,9 @@ REJECTED = {
         ["-p tie_embeddings False", "-r tokenizer", "-p max_steps 1000"],
     ),
     "number for a folder": (["-p", "run_dir", "001"], ["run_dir", "-r run_dir"]),
+    "tokenizer that is not there": (["-p", "tokenizer", "nowhere.json"], ["nowhere.json"]),
+    "combination": (["-p", "micro_batch_size", "3"], ["micro_batch_size must divide batch_size"]),
+    "unknown preset": (["-p", "preset", "debgu"], ["did you mean debug"]),
     "code for a name": (["-p", "a=1; open('pwned', 'w'); b", "2"], ["plain Python name"]),
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hydra.runtime import paths
-from hydra.runtime.records import MetricsWriter, append_record, cut_records, read_records
+from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 
 
 def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
@@ -16,13 +16,13 @@ def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
     assert read_records(tmp_path / "none") == []
 
 
-def test_cut_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:
+def test_what_is_kept_is_what_the_checkpoint_knows(tmp_path: Path) -> None:
     path = tmp_path / paths.METRICS
     for step in range(6):
         append_record(path, {"step": step})
     with path.open("a") as file:
         file.write('{"step": 6, "loss')
-    cut_records(path, last_step=3)
+    keep_records(path, lambda step: step <= 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
 
 
