@@ -93,7 +93,7 @@ class TrainingConfig:
     """Rows per optimizer step, over all micro-batches."""
     micro_batch_size: PositiveInt = 8
     """Rows per forward and backward pass; must divide batch_size. Changes memory and rounding, nothing else."""
-    max_steps: PositiveInt = 800
+    max_steps: PositiveInt = 600
     """Optimizer steps of the run."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     """Peak learning rate of AdamW."""
