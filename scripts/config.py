@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,8 +18,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from hydra.attention import check_options
 from hydra.data import DataSpec
 from hydra.errors import ConfigError, RunError
-from hydra.notebook.plan import next_free
-from hydra.runtime.paths import CONFIG, workspace_root
+from hydra.runtime.paths import CONFIG, next_free, workspace_root
 
 if TYPE_CHECKING:
     from hydra.model.framework import ModelSpec
@@ -33,7 +33,6 @@ def _as_tuple(value: object) -> object:
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-OptionValue = bool | int | float | str | None
 
 
 @dataclass(
@@ -67,19 +66,19 @@ class TrainingConfig:
     """Folder of the tokenized shards, shared by runs; relative to the workspace root."""
 
     # Model
-    d_model: PositiveInt = 192
+    d_model: PositiveInt = 160
     """Width of the residual stream, in channels."""
     n_layers: PositiveInt = 4
     """Number of blocks."""
-    n_heads: PositiveInt = 6
+    n_heads: PositiveInt = 5
     """Attention heads; the head width is d_model / n_heads."""
     attention: str = "ccgqa"
     """Attention backend of every block; `hydra.attention.available_backends()` lists them."""
-    attention_options: dict[str, OptionValue] = Field(default_factory=dict)
+    attention_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the backend by name, checked against the backend's own spec; left out, its defaults."""
-    feed_forward: Literal["swiglu", "squared_relu"] = "swiglu"
+    feed_forward: Literal["swiglu", "squared_relu"] = "squared_relu"
     """Feed-forward layer: SwiGLU (three matrices) or squared ReLU (two)."""
-    d_feed_forward: PositiveInt = 512
+    d_feed_forward: PositiveInt = 640
     """Inner width of the feed-forward layer, in channels."""
     tie_embeddings: bool = False
     """Whether the output head shares the embedding's weights."""
@@ -93,7 +92,7 @@ class TrainingConfig:
     """Rows per optimizer step, over all micro-batches."""
     micro_batch_size: PositiveInt = 8
     """Rows per forward and backward pass; must divide batch_size. Changes memory and rounding, nothing else."""
-    max_steps: PositiveInt = 600
+    max_steps: PositiveInt = 640
     """Optimizer steps of the run."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     """Peak learning rate of AdamW."""
@@ -121,11 +120,11 @@ class TrainingConfig:
     # Run
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a CUDA device when there is one. Chosen once, then kept by the run."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of one operation; 0: all cores this process may use. Chosen once, then kept by the run."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
-    eval_every: PositiveInt = 200
+    eval_every: PositiveInt = 160
     """Steps between two evaluations on the whole validation text; there is one before the first step and at the end."""
     checkpoint_every: PositiveInt = 100
     """Steps between two checkpoints; there is one at the end and at SIGTERM as well."""
@@ -212,6 +211,8 @@ class TrainingConfig:
             stored = json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"a stored config must be JSON, but is not: {error}") from None
+        if not isinstance(stored, dict):
+            raise ConfigError(f"a stored config must be a JSON object, but is a {type(stored).__name__}")
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in stored]
         if missing:
             raise ConfigError(f"a stored config must hold every field, but lacks {', '.join(missing)}; start a new run")
@@ -284,16 +285,39 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 }
 
 
+# What an engine leaves in a run directory before the trainer has begun.
+NOT_YET_A_RUN = (r".*\.ipynb", r"report\.html", r"\..*")
+
+
 def refuse_changed_config(config: TrainingConfig, run_dir: Path) -> None:
     """Return if `run_dir` is new or holds this very config.
 
     Raises:
-        RunError: it holds another; the message names the differences and the command for a new name.
+        RunError: it holds another, or is a folder of something else; the message says what to do.
     """
     path = run_dir / CONFIG
-    if not path.is_file():
-        return
-    differences = config.differences(TrainingConfig.from_json(path.read_text()))
+    if path.is_file():
+        refuse_difference(config, TrainingConfig.from_json(path.read_text()), run_dir)
+    elif run_dir.exists():
+        foreign = [
+            entry.name
+            for entry in run_dir.iterdir()
+            if not any(re.fullmatch(pattern, entry.name) for pattern in NOT_YET_A_RUN)
+        ]
+        if foreign:
+            raise RunError(
+                f"a new run needs a folder of its own, but {run_dir} is no run and holds {sorted(foreign)[0]}; "
+                f"give another name: -r run_dir runs/{run_dir.name}"
+            )
+
+
+def refuse_difference(config: TrainingConfig, stored: TrainingConfig, run_dir: Path) -> None:
+    """Return if the two are the same.
+
+    Raises:
+        RunError: naming the differences, and a name for a new run.
+    """
+    differences = config.differences(stored)
     if not differences:
         return
     listed = "\n".join(
@@ -304,7 +328,7 @@ def refuse_changed_config(config: TrainingConfig, run_dir: Path) -> None:
         new_name = new_name.relative_to(workspace_root())
     raise RunError(
         f"{run_dir} must hold the config that is asked for, but it was started with another:\n{listed}\n"
-        f"For a run of its own give another name: -p run_dir {shlex.quote(str(new_name))}"
+        f"For a run of its own give another name: -r run_dir {shlex.quote(str(new_name))}"
     )
 
 

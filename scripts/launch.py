@@ -5,9 +5,8 @@ import time
 from pathlib import Path
 
 from hydra.errors import RunError
-from hydra.notebook.parameters import is_batch
 from hydra.runtime import Run, paths, workspace_root
-from hydra.runtime.processes import start_process
+from hydra.runtime.processes import ProcessIdentity, is_batch, start_process
 from scripts.config import TrainingConfig, refuse_changed_config
 
 START_TIMEOUT_S = 180.0  # importing torch from a cold network disk takes its time
@@ -33,10 +32,11 @@ def launch(config: TrainingConfig, run_dir: str | Path) -> Run:
         log=directory / paths.LOG,
         dies_with_caller=is_batch(),
     )
+    identity = ProcessIdentity.of(process.pid)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         status = run.status()
-        if status.pid == process.pid or status.is_alive:
+        if status.is_alive or (identity is not None and status.owner == identity):
             return run
         if process.poll() is not None:
             raise RunError(f"the trainer must start, but ended with status {process.returncode}:\n{run.log_tail(20)}")

@@ -7,9 +7,10 @@ from hydra.data import check_corpus
 from hydra.errors import ConfigError, RunError
 from hydra.notebook.engine import NotebookEngine, silence_unknown_parameters
 from hydra.notebook.parameters import with_trap_hints
-from hydra.notebook.plan import Plan, Request, next_free
+from hydra.notebook.plan import Plan, Request
 from hydra.runtime import workspace_root
 from hydra.runtime.choices import check_device
+from hydra.runtime.paths import next_free
 from scripts.config import TrainingConfig, refuse_changed_config
 
 

@@ -12,9 +12,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,21 +20,17 @@ from torch import nn
 
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
 from hydra.errors import ConfigError, HydraError, NotFiniteError
-from hydra.model.framework import HydraModel, build_model, generate
-from hydra.optim import (
-    build_parameter_groups,
-    cosine,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    warmup_stable_decay,
-)
+from hydra.model.framework import HydraModel, build_model
+from hydra.optim import build_parameter_groups, build_schedule, load_optimizer_tensors, optimizer_tensors
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from hydra.runtime.choices import choose_once, set_up_torch
 from hydra.runtime.ledger import Ledger, Status
+from hydra.runtime.logs import FORMAT, logging_to
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 from hydra.runtime.signals import StopRequest
-from scripts.config import TrainingConfig
+from scripts.config import TrainingConfig, refuse_difference
+from scripts.evaluation import evaluate, write_sample
 from scripts.launch import launch, write_config_once
 
 __all__ = ["RunResult", "StepResult", "Trainer", "launch"]
@@ -93,7 +87,19 @@ class Trainer:
             HydraError: as the ledger then says: bad data, a damaged checkpoint, a loss that is not finite.
         """
         write_config_once(self.config, self.run_dir)
-        self.ledger = Ledger.open(self.run_dir, self.config.max_steps)
+        self.ledger = Ledger.open(self.run_dir)
+        try:
+            self._refuse_other_run()
+            if self.ledger.state.status != "done":
+                with logging_to(self.run_dir / paths.LOG):
+                    self._train_as_owner()
+        finally:
+            self.ledger.close()
+        state = self.ledger.state
+        return RunResult(self.run_dir, state.status, state.step, state.val_loss_nats, state.val_bits_per_byte)
+
+    def _train_as_owner(self) -> None:
+        self.ledger.begin(self.config.max_steps)
         try:
             self.stop.when_received = self._abandon_preparation
             if self.stop.signal_name:
@@ -106,12 +112,9 @@ class Trainer:
                 self._log_if_due(self.train_step())
                 self._evaluate_if_due()
                 self._checkpoint_if_due()
-
             self._finish()
         except KeyboardInterrupt:
-            self.ledger.finish(
-                "interrupted", stage="stopped", cause="KeyboardInterrupt", message="stopped by its caller"
-            )
+            self.ledger.finish("interrupted", stage="stopped", cause="KeyboardInterrupt", message="ended by its caller")
             raise
         except HydraError as error:
             cause = "not finite" if isinstance(error, NotFiniteError) else type(error).__name__
@@ -120,10 +123,6 @@ class Trainer:
         except BaseException as error:
             self.ledger.finish("failed", stage=self.ledger.state.stage, cause="error", message=repr(error))
             raise
-        finally:
-            self.ledger.close()
-        state = self.ledger.state
-        return RunResult(self.run_dir, state.status, self.step, state.val_loss_nats, state.val_bits_per_byte)
 
     def train_step(self) -> StepResult:
         """One optimizer step on the global batch of `self.step`.
@@ -201,16 +200,12 @@ class Trainer:
         began = time.perf_counter()
         self.ledger.update(stage="evaluating")
         self.model.eval()
-        loss_nats = self._validation_loss_nats()
-        if loss_nats is None:
+        figures = evaluate(self.model, self.dataset, self.config, self.device, lambda: self.stop.is_set)
+        if figures is None:
             return
-        split = self.dataset.manifest["splits"]["validation"]
-        figures = {
-            "val_loss_nats": loss_nats,
-            "val_bits_per_byte": loss_nats * self._n_validation_targets / (math.log(2) * split["n_bytes"]),
-        }
         if self.config.sample_tokens:
-            sample = {"step": self.step, "prompt": self.config.sample_prompt, "text": self._sample_text()}
+            text = write_sample(self.model, self.dataset, self.config)
+            sample = {"step": self.step, "prompt": self.config.sample_prompt, "text": text}
             append_record(self.run_dir / paths.SAMPLES, sample)
         self.metrics.write({"step": self.step, "tokens": self.tokens, **figures, "elapsed_s": self.ledger.train_s})
         self._evaluated_steps.add(self.step)
@@ -218,37 +213,14 @@ class Trainer:
         self.model.train()
         self._time_at_last_log += time.perf_counter() - began
 
-    @torch.no_grad()
-    def _validation_loss_nats(self) -> float | None:
-        """Mean loss over the whole validation text, in nats per token; None when a stop request came in between."""
-        sum_nats, n_targets = 0.0, 0
-        for batch in self.dataset.validation_batches(
-            n_rows=self.config.micro_batch_size, n_tokens=self.config.context_length
-        ):
-            if self.stop.is_set:
-                return None
-            sum_nats += float(self.model(*self._to_device(batch)).losses["cross_entropy"])
-            n_targets += batch.n_valid_tokens
-        if not math.isfinite(sum_nats):
-            raise NotFiniteError(f"the validation loss must be finite, but got {sum_nats=} after step {self.step}")
-        self._n_validation_targets = n_targets
-        return sum_nats / n_targets
-
-    def _sample_text(self) -> str:
-        tokenizer = self.dataset.tokenizer
-        prompt = tokenizer.encode(self.config.sample_prompt, add_special_tokens=False)
-        prompt_ids = [int(self.dataset.manifest["tokenizer"]["bos_id"]), *prompt.ids]
-        ids = generate(
-            self.model, prompt_ids, self.config.sample_tokens, temperature=0.8, top_k=50, seed=self.config.seed
-        )
-        return tokenizer.decode(ids)
-
     def _checkpoint_if_due(self) -> None:
         is_last = self.step == self.config.max_steps
         if not (self.step % self.config.checkpoint_every == 0 or is_last or self.stop.is_set):
             return
         began = time.perf_counter()
         self.ledger.update(stage="writing a checkpoint")
+        self.metrics.sync()
+        paths.sync_file(self.run_dir / paths.SAMPLES)
         tensors = {
             "model": dict(self.model.state_dict()),
             "optimizer": optimizer_tensors(self.model, self.optimizer),
@@ -257,6 +229,7 @@ class Trainer:
         trainer_state = {
             "step": self.step,
             "tokens": self.tokens,
+            "config": self.config.to_json(),
             "data_fingerprint": self.dataset.manifest["fingerprint"],
             "model_spec": self.config.model_spec(self._vocab_size).to_dict(),
         }
@@ -285,41 +258,52 @@ class Trainer:
             eps=self.config.adam_eps,
             fused=True,
         )
-        self._schedule = self._build_schedule()
+        self._schedule = build_schedule(
+            self.config.schedule,
+            max_steps=self.config.max_steps,
+            warmup_steps=self.config.warmup_steps,
+            decay_fraction=self.config.decay_fraction,
+            final_fraction=self.config.final_learning_rate_fraction,
+        )
         self.ledger.update(n_parameters=self.model.n_parameters())
 
         checkpoints = list_checkpoints(self.run_dir)
         if checkpoints:
             self._resume(checkpoints[-1])
         self.metrics = MetricsWriter(self.run_dir, self.step)
-        records = read_records(self.run_dir / paths.METRICS)
-        self._evaluated_steps = {record["step"] for record in records if "val_loss_nats" in record}
+        evaluations = [record for record in read_records(self.run_dir / paths.METRICS) if "val_loss_nats" in record]
+        self._evaluated_steps = {record["step"] for record in evaluations}
         # An evaluation is finished by its metrics; a sample without them is written again.
         keep_records(self.run_dir / paths.SAMPLES, self._evaluated_steps.__contains__)
+        last = evaluations[-1] if evaluations else {}
+        self.ledger.update(
+            step=self.step,
+            tokens=self.tokens,
+            train_flops=self.tokens * self.flops_per_token,
+            val_loss_nats=last.get("val_loss_nats"),
+            val_bits_per_byte=last.get("val_bits_per_byte"),
+        )
         self._step_at_last_log, self._time_at_last_log = self.step, time.perf_counter()
         self.model.train()
 
+    def _refuse_other_run(self) -> None:
+        """A config.json that was edited after the first checkpoint is another run's."""
+        for checkpoint in list_checkpoints(self.run_dir)[-1:]:
+            stored = load_checkpoint(checkpoint, groups=()).trainer_state["config"]
+            refuse_difference(self.config, TrainingConfig.from_json(stored), self.run_dir)
+
     def _open_data(self) -> Dataset:
+        """The run's shards, prepared (again) when they are not there; those of other text or tokens are refused."""
         data_dir = workspace_root() / self.config.data_dir
         manifest = paths.read_json(self.run_dir / paths.MANIFEST)
-        if manifest:
+        if manifest and (data_dir / manifest["fingerprint"]).exists():
             return open_dataset(manifest, data_dir)
         dataset = prepare_dataset(self.config.data_spec(), data_dir, workspace_root())
+        if manifest:
+            return open_dataset(manifest, data_dir)
         paths.write_atomically(self.run_dir / paths.TOKENIZER, dataset.tokenizer.to_str())
         paths.write_json(self.run_dir / paths.MANIFEST, dataset.manifest)
         return dataset
-
-    def _build_schedule(self) -> Callable[[int], float]:
-        config = self.config
-        shape = {"max_steps": config.max_steps, "warmup_steps": config.warmup_steps}
-        if config.schedule == "cosine":
-            return partial(cosine, **shape, final_fraction=config.final_learning_rate_fraction)
-        return partial(
-            warmup_stable_decay,
-            **shape,
-            decay_fraction=config.decay_fraction,
-            final_fraction=config.final_learning_rate_fraction,
-        )
 
     def _resume(self, directory: Path) -> None:
         """Put weights, optimizer, generator and counters back as they were when the checkpoint was written."""
@@ -330,7 +314,6 @@ class Trainer:
         load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors["optimizer"])
         torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
-        self.ledger.update(step=self.step, tokens=self.tokens)
         logger.info("going on from %s", directory)
 
     def _finish(self) -> None:
@@ -365,24 +348,18 @@ class Trainer:
 def main(arguments: list[str]) -> int:
     """Train the run directory that is the one argument; returns the exit status."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(
-            "usage: python -m scripts.trainer RUN_DIR (a folder with a config.json; there are no flags)",
-            file=sys.stderr,
-        )
+        sys.stderr.write("usage: python -m scripts.trainer RUN_DIR (a folder with a config.json; there are no flags)\n")
         return EXIT_BAD_CONFIG
     run_dir = (workspace_root() / arguments[0]).resolve()
+    logging.basicConfig(level=logging.INFO, format=FORMAT)
     try:
         config = TrainingConfig.from_json((run_dir / paths.CONFIG).read_text())
-    except FileNotFoundError:
-        print(
-            f"{run_dir} must hold {paths.CONFIG}, but does not; start runs with launch() or `make report`",
-            file=sys.stderr,
-        )
+    except (OSError, UnicodeDecodeError) as error:
+        logger.error("%s must hold a readable %s, but: %s; start runs with launch()", run_dir, paths.CONFIG, error)
         return EXIT_BAD_CONFIG
     except ConfigError as error:
-        print(f"{run_dir / paths.CONFIG}: {error}", file=sys.stderr)
+        logger.error("%s: %s", run_dir / paths.CONFIG, error)
         return EXIT_BAD_CONFIG
-    _set_up_logging(run_dir / paths.LOG)
     stop = StopRequest()
     stop.listen()
     try:
@@ -391,14 +368,6 @@ def main(arguments: list[str]) -> int:
         logger.error("%s", error)
         return EXIT_FAILED
     return EXIT_DONE if result.status == "done" else EXIT_RESUMABLE
-
-
-def _set_up_logging(log: Path) -> None:
-    """To the run's log, and to the terminal unless that already is the log (as under `launch`)."""
-    handlers: list[logging.Handler] = [logging.FileHandler(log)]
-    if not os.path.samestat(os.fstat(sys.stderr.fileno()), log.stat()):
-        handlers.append(logging.StreamHandler())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=handlers)
 
 
 if __name__ == "__main__":

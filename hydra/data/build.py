@@ -75,8 +75,8 @@ def open_dataset(manifest: Mapping[str, Any], data_dir: Path) -> Dataset:
     if not directory.is_dir():
         raise DataError(
             f"The shards with the fingerprint {fingerprint} must lie under data_dir={data_dir}, but there is no such "
-            f"folder; set data_dir to where they lie, or prepare the same corpus "
-            f"({', '.join(manifest['corpus']['names'])}) there"
+            f"folder, and {', '.join(manifest['corpus']['names'])} as it is now does not give them; bring back the "
+            f"text with the SHA-256 {manifest['corpus']['sha256']}, or the folder"
         )
     check_shards(directory, manifest)
     tokenizer = for_text(Tokenizer.from_file(str(directory / "tokenizer.json")))

@@ -8,11 +8,10 @@ from hydra.notebook.figures import (
     show_samples,
     show_yardsticks,
 )
-from hydra.notebook.parameters import is_batch, read_parameters, run_directory
+from hydra.notebook.parameters import read_parameters, run_directory
 from hydra.notebook.watch import watch
 
 __all__ = [
-    "is_batch",
     "read_parameters",
     "run_directory",
     "show_config",

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import ClassVar
 
 import click
+from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from papermill.engines import Engine
@@ -23,11 +24,12 @@ from papermill.log import logger
 from hydra.errors import HydraError
 from hydra.notebook.interruption import Interruption
 from hydra.notebook.kernel import BatchClient, TruthfulManager
-from hydra.notebook.parameters import ENGINE_RUN_DIR, RUN_DIR, assigned_parameters, check_names, resolve_run_dir
+from hydra.notebook.parameters import RUN_DIR, assigned_parameters, check_names, resolve_run_dir
 from hydra.notebook.plan import Plan, Request
 from hydra.notebook.progress import Progress
 from hydra.notebook.storage import make_local_saves_atomic, save_copy
 from hydra.runtime import Run, RunStatus
+from hydra.runtime.processes import ENGINE_RUN_DIR
 
 START_TIMEOUT_S = 180
 IOPUB_TIMEOUT_S = 120
@@ -79,8 +81,11 @@ class NotebookEngine(Engine):
         """
         try:
             plan = cls.plan(_read_request(nb))
+            KernelSpecManager().get_kernel_spec(kernel_name)
         except HydraError as error:
             raise BatchError(str(error), REJECTED) from error
+        except NoSuchKernel as error:
+            raise BatchError(f"kernel must be an installed one, but there is no {error.name!r}", REJECTED) from error
         make_local_saves_atomic()
         manager = TruthfulManager(
             nb,
@@ -103,6 +108,7 @@ class _Batch:
         # A run that someone else trains already is watched here, and goes on when this job ends.
         status = self._run.status()
         self._other_owner = status.owner if status.is_alive else None
+        self._ended_at_before = status.ended_at
         self._interruption = Interruption()
         self._failure: str | None = None
         self._status_at_failure: RunStatus | None = None
@@ -195,8 +201,8 @@ class _Batch:
 
         self._interruption.disarm()
         self._note_cell_error()
-        if self._failure is not None:
-            self._stop_own_run()
+        # Also when all is well: a notebook that did not wait for its run must not leave it to the kernel's end.
+        self._stop_own_run()
         self._manager.notebook_complete(failed=self._failure is not None)
         plan, output_path = self._plan, self._nb.metadata.papermill["output_path"]
         try:
@@ -235,7 +241,7 @@ class _Batch:
     def _was_cut_off(self, error: BaseException) -> bool:
         """Whether the same command goes on where this one ended."""
         status = self._run.status()
-        if status.status == "failed":
+        if status.status == "failed" and status.ended_at != self._ended_at_before:
             return False
         if isinstance(error, DeadKernelError | KeyboardInterrupt):
             return True

@@ -175,10 +175,9 @@ def yardsticks_section(run: Run) -> Section:
     from hydra.notebook.charts import bar_chart
 
     known = _mapping(run.manifest().get("yardsticks", {}))
-    status = run.status()
     rows = [(title, _float(known[key])) for key, title in YARDSTICKS.items() if key in known]
-    if status.val_bits_per_byte is not None:
-        rows.append((f"this run, step {status.step}", status.val_bits_per_byte))
+    for record in [record for record in run.metrics() if "val_bits_per_byte" in record][-1:]:
+        rows.append((f"this run, step {record['step']}", _float(record["val_bits_per_byte"])))
     if not rows:
         return _nothing("yardsticks", "Nothing has been measured on the validation text.")
     rows.sort(key=lambda row: -row[1])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from hydra.errors import ConfigError
 from hydra.runtime import workspace_root
+from hydra.runtime.processes import ENGINE_RUN_DIR, is_batch
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -24,12 +25,6 @@ if TYPE_CHECKING:
 DECLARED, INJECTED = "parameters", "injected-parameters"
 COMMENT = "# Parameters"
 RUN_DIR = "run_dir"
-ENGINE_RUN_DIR = "HYDRA_ENGINE_RUN_DIR"
-
-
-def is_batch() -> bool:
-    """Whether this kernel was started by the papermill engine, with nobody looking on."""
-    return ENGINE_RUN_DIR in os.environ
 
 
 def assigned_parameters(nb: "NotebookNode") -> dict[str, object]:
@@ -100,7 +95,13 @@ def resolve_run_dir(given: object, notebook_name: str | None) -> Path:
             f"{RUN_DIR} must be the path of a folder, but got {given!r} ({type(given).__name__}); "
             f"papermill's -p makes numbers of what looks like one: use -r {RUN_DIR} runs/my-run"
         )
-    return (workspace_root() / given).resolve()
+    run_dir = (workspace_root() / given).resolve()
+    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{RUN_DIR} must be the path of a folder, but {existing} is a file; give another name")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"{RUN_DIR} must lie where one may write, but {existing} is read-only; give another place")
+    return run_dir
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -191,7 +192,7 @@ def _kind_of_cell(source: str) -> str | None:
     first = source.lstrip().partition("\n")[0].strip()
     if first == COMMENT:
         return INJECTED
-    return DECLARED if first.startswith(COMMENT) else None
+    return DECLARED if first.startswith(f"{COMMENT}:") else None
 
 
 def _executed_parameters() -> dict[str, object]:
@@ -200,13 +201,19 @@ def _executed_parameters() -> dict[str, object]:
     shell = get_ipython()
     if shell is None:
         raise ConfigError("parameters can be read in a notebook only, but there is no IPython kernel here")
-    latest = {_kind_of_cell(source): source for source in shell.user_ns["In"]}
-    if DECLARED not in latest and INJECTED not in latest:
+    declared = injected = ""
+    for source in shell.user_ns["In"]:
+        kind = _kind_of_cell(source)
+        if kind == DECLARED:
+            # What was injected stands behind this cell: run before it, it is of an earlier state of the notebook.
+            declared, injected = source, ""
+        elif kind == INJECTED:
+            injected = source
+    if not declared and not injected:
         raise ConfigError(
-            f"the parameters cell must have been executed, but no executed cell begins with `{COMMENT}`; run it first"
+            f"the parameters cell must have been executed, but no executed cell begins with `{COMMENT}:`; run it first"
         )
-    names = [name for kind in (DECLARED, INJECTED) for name in _assignments(latest.get(kind, ""))]
-    return {name: shell.user_ns[name] for name in names}
+    return {name: shell.user_ns[name] for source in (declared, injected) for name in _assignments(source)}
 
 
 def _assignments(source: str) -> dict[str, object]:

@@ -47,13 +47,5 @@ class Plan:
     differences: Mapping[str, tuple[object, object]]
 
 
-def next_free(run_dir: Path) -> Path:
-    """The first of run_dir-2, run_dir-3, ... that does not exist."""
-    number = 2
-    while run_dir.with_name(f"{run_dir.name}-{number}").exists():
-        number += 1
-    return run_dir.with_name(f"{run_dir.name}-{number}")
-
-
 def _relative(path: Path, to: Path) -> str:
     return str(path.relative_to(to) if path.is_relative_to(to) else path)

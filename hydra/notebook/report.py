@@ -130,7 +130,7 @@ def _answer(run: Run, status: RunStatus) -> str:
 def _cost(status: RunStatus) -> Mapping[str, object]:
     return {
         "status": f"{status.status}, step {status.step:,} of {status.max_steps:,}",
-        "restarts from a checkpoint": status.restarts,
+        "restarts": status.restarts,
         "time": format_duration(status.train_s),
         "tokens": status.tokens,
         "training FLOPs": f"{status.train_flops:.3g}",
@@ -220,7 +220,8 @@ def _seal(page: str) -> str:
     for tag in body.find_all(True):
         for name in list(tag.attrs):
             value = str(tag.attrs[name]).strip().lower()
-            fetches = name in FETCHING_ATTRIBUTES and not value.startswith("data:image/")
+            refers = name in FETCHING_ATTRIBUTES or (name == "href" and tag.name != "a")
+            fetches = refers and not value.startswith(("data:image/", "#"))
             runs = name.startswith("on") or (
                 name == "href" and re.match(r"[\s\x00-\x1f]*(javascript|data|vbscript):", value)
             )

@@ -4,6 +4,8 @@
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 
 def _warmup(step: int, warmup_steps: int) -> float:
@@ -29,4 +31,20 @@ def cosine(step: int, *, max_steps: int, warmup_steps: int, final_fraction: floa
     progress = max(0.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return _warmup(step, warmup_steps) * (
         final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    )
+
+
+def build_schedule(
+    name: str, *, max_steps: int, warmup_steps: int, decay_fraction: float, final_fraction: float
+) -> Callable[[int], float]:
+    """The schedule `warmup_stable_decay` or `cosine` as a function of the step alone."""
+    if name == "cosine":
+        return partial(cosine, max_steps=max_steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
+    assert name == "warmup_stable_decay", name
+    return partial(
+        warmup_stable_decay,
+        max_steps=max_steps,
+        warmup_steps=warmup_steps,
+        decay_fraction=decay_fraction,
+        final_fraction=final_fraction,
     )

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hydra.errors import CheckpointError
+
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Every state tensor under `<parameter name>/<slot>`, as `blocks.0.norm.weight/exp_avg`."""
@@ -16,8 +18,17 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, on each parameter's device. Names must fit the model's."""
+    """Put back what `optimizer_tensors` gave, on each parameter's device.
+
+    Raises:
+        CheckpointError: a parameter lacks a slot that another has, or a tensor belongs to no parameter.
+    """
     parameters = dict(model.named_parameters())
+    slots = {key.rpartition("/")[2] for key in tensors}
+    expected = {f"{name}/{slot}" for name in parameters for slot in slots}
+    if set(tensors) != expected:
+        names = sorted(set(tensors) ^ expected)
+        raise CheckpointError(f"an optimizer's state must fit its model, but {len(names)} names do not: {names[:3]}")
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition("/")
         optimizer.state[parameters[name]][slot] = tensor.to(parameters[name].device)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
+# Nothing else in the folder is ours to count, or to remove.
+NAME = re.compile(r"step-\d{8,}")
+UNFINISHED_NAME = re.compile(r"(\.writing-)?step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ def checkpoint_directory(run_dir: Path, step: int) -> Path:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first. A directory without a manifest was never finished and does not count."""
     found = (run_dir / paths.CHECKPOINTS).glob("step-*")
-    return sorted(directory for directory in found if (directory / MANIFEST).is_file())
+    complete = [directory for directory in found if NAME.fullmatch(directory.name) and (directory / MANIFEST).is_file()]
+    return sorted(complete, key=lambda directory: int(directory.name.removeprefix("step-")))
 
 
 def save_checkpoint(run_dir: Path, step: int, checkpoint: Checkpoint, keep_last: int) -> Path:
@@ -68,7 +73,7 @@ def _write(final: Path, checkpoint: Checkpoint) -> None:
     (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
     for file in temporary.iterdir():
         file.chmod(0o644)  # safetensors gives its files to their owner alone; a run is there to be shared
-        _sync_file(file)
+        paths.sync_file(file)
     paths.sync_directory(temporary)
     os.rename(temporary, final)
     paths.sync_directory(final.parent)
@@ -82,7 +87,10 @@ def load_checkpoint(directory: Path, groups: tuple[str, ...]) -> Checkpoint:
     """
     from safetensors.torch import load
 
-    files = json.loads((directory / MANIFEST).read_text())["files"]
+    try:
+        files = json.loads((directory / MANIFEST).read_text())["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(_damaged(directory / MANIFEST, f"is no manifest ({error!r})")) from None
     contents = {}
     for name in [*(f"{group}.safetensors" for group in groups), TRAINER_STATE]:
         path = directory / name
@@ -108,11 +116,6 @@ def _describe(file: Path) -> dict[str, object]:
         return {"n_bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
-def _sync_file(file: Path) -> None:
-    with open(file, "rb+") as opened:
-        os.fsync(opened.fileno())
-
-
 def _remove(directory: Path) -> None:
     """Take the manifest first: from then on the rest is no checkpoint, however far the removal comes."""
     (directory / MANIFEST).unlink()
@@ -122,6 +125,8 @@ def _remove(directory: Path) -> None:
 
 def _remove_unfinished(parent: Path) -> None:
     for directory in parent.iterdir():
+        if not UNFINISHED_NAME.fullmatch(directory.name):
+            continue
         if not (directory / MANIFEST).is_file() or directory.name.startswith(".writing-"):
             logger.info("removing %s, which was never finished", directory)
             shutil.rmtree(directory)

@@ -1,4 +1,4 @@
-"""What is chosen once for a run, from `auto` and this machine, and then stays: device, threads, dtype."""
+"""What is chosen once for a run, from `auto` and this machine, and then stays: device and threads."""
 
 import logging
 import os
@@ -13,11 +13,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """Device (`cpu` or `cuda`), CPU threads of one operation, and dtype of weights and activations."""
+    """Device (`cpu` or `cuda`) and CPU threads of one operation."""
 
     device: str
     threads: int
-    dtype: str
 
 
 def choose_once(run_dir: Path, *, device: str, threads: int) -> Choices:
@@ -34,7 +33,6 @@ def choose_once(run_dir: Path, *, device: str, threads: int) -> Choices:
     now = Choices(
         device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
         threads=threads or len(os.sched_getaffinity(0)),
-        dtype="float32",
     )
     choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
     logger.info("computing with %s (asked for: device=%s, threads=%d)", choices, device, threads)

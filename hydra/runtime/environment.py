@@ -13,6 +13,8 @@ from typing import Any
 from hydra.runtime import paths
 
 logger = logging.getLogger(__name__)
+# What may change the last bits of a result, beside torch.
+DECIDE_BITS = ("cpu", "cpu_capability", "gpu", "git_commit", "git_dirty")
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pydantic", "papermill", "nbconvert")
 
 
@@ -47,6 +49,12 @@ def record_session(run_dir: Path, session: Mapping[str, object], choices: Mappin
     """Append `session` to environment.json and return the choices that hold: those of the first session, for good."""
     path = run_dir / paths.ENVIRONMENT
     environment = paths.read_json(path)
+    for before in environment.get("sessions", [])[-1:]:
+        changed = [name for name in DECIDE_BITS if before.get(name) != session.get(name)]
+        if before["packages"]["torch"] != session["packages"]["torch"]:  # type: ignore[index]
+            changed.append("torch")
+        if changed:
+            logger.warning("bit for bit is promised for the same machine and source, but these differ: %s", changed)
     resolved: dict[str, Any] = environment.get("resolved", dict(choices))
     paths.write_json(path, {"resolved": resolved, "sessions": [*environment.get("sessions", []), dict(session)]})
     return resolved

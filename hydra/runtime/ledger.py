@@ -15,8 +15,10 @@ from hydra.runtime.processes import ProcessIdentity, current_process
 
 Status = Literal["new", "running", "done", "failed", "interrupted"]
 HEARTBEAT_EVERY_S = 1.0
-# An owner on another machine cannot be asked whether it lives: it is believed while its heartbeat is this fresh.
+# An owner on another machine, or in another container, cannot be asked whether it lives: it is believed while its
+# heartbeat is this fresh. A thread keeps it fresh, so that a long evaluation is no reason to be taken for dead.
 FOREIGN_HEARTBEAT_S = 120.0
+IDLE_HEARTBEAT_EVERY_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +61,11 @@ class RunStatus:
         if self.status != "running":
             return self
         assert self.owner is not None and self.heartbeat_at is not None
-        if self.owner.is_alive():
-            return self
-        is_foreign = not self.owner.is_here() and self.owner.host != current_process().host
-        if is_foreign and time.time() - self.heartbeat_at < FOREIGN_HEARTBEAT_S:
+        if self.owner.is_here() or self.owner.is_before_a_reboot():
+            is_believed = self.owner.is_alive()
+        else:
+            is_believed = time.time() - self.heartbeat_at < FOREIGN_HEARTBEAT_S
+        if is_believed:
             return self
         message = f"its trainer (process {self.owner.pid} on {self.owner.host}) ended without a word"
         return replace(self, status="interrupted", cause="killed", message=message, ended_at=self.heartbeat_at)
@@ -82,7 +85,7 @@ def _read_stored(run_dir: Path) -> RunStatus:
 
 @dataclass
 class Ledger:
-    """The owner's side of `state.json`, held together with the run's lock from `open` until the process ends.
+    """The owner's side of `state.json`, held together with the run's lock from `open` until `close`.
 
     The lock is flock(2) on `lock`: the kernel frees it however the process ends, so it is never stale.
     """
@@ -91,13 +94,13 @@ class Ledger:
     state: RunStatus
     _lock_descriptor: int
     _session_began: float = field(default_factory=time.monotonic)
-    _guard: threading.Lock = field(default_factory=threading.Lock)
-    _is_finished: bool = False
     _train_s_before: float = 0.0
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+    _finished: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
-    def open(cls, run_dir: Path, max_steps: int) -> "Ledger":
-        """Take the run: lock it and write that it is running.
+    def open(cls, run_dir: Path) -> "Ledger":
+        """Lock the run; `state` then is what its last owner left. Nothing is written before `begin`.
 
         Raises:
             RunError: another process owns the run directory.
@@ -112,10 +115,14 @@ class Ledger:
                 f"a run directory must have one owner, but {run_dir} is owned by process {owner or '(starting)'}; "
                 "wait for it, watch it from a notebook, or end it with Run.open(...).stop()"
             ) from None
-        paths.remove_abandoned_temporaries(run_dir)
-        before = _read_stored(run_dir)
-        now = time.time()
-        state = replace(
+        return cls(run_dir, _read_stored(run_dir), descriptor)
+
+    def begin(self, max_steps: int) -> None:
+        """Write that this process is at work on the run, and keep the heartbeat fresh from now on."""
+        paths.remove_abandoned_temporaries(self.run_dir)
+        before = self.state
+        self._train_s_before = before.train_s
+        self.state = replace(
             before,
             status="running",
             stage="starting",
@@ -124,12 +131,11 @@ class Ledger:
             cause=None,
             message=None,
             owner=current_process(),
-            started_at=before.started_at or now,
+            started_at=before.started_at or time.time(),
             ended_at=None,
         )
-        ledger = cls(run_dir, state, descriptor, _train_s_before=before.train_s)
-        ledger._write()
-        return ledger
+        self._write()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     @property
     def train_s(self) -> float:
@@ -152,14 +158,19 @@ class Ledger:
                 self.state, status=status, stage=stage, cause=cause, message=message, ended_at=time.time()
             )
             self._write()
-            self._is_finished = True
+            self._finished.set()
 
     def close(self) -> None:
         """Give the run up."""
+        self._finished.set()
         os.close(self._lock_descriptor)
 
+    def _beat(self) -> None:
+        while not self._finished.wait(IDLE_HEARTBEAT_EVERY_S):
+            self.update()
+
     def _write(self) -> None:
-        if self._is_finished:
+        if self._finished.is_set():
             return
         self.state = replace(self.state, heartbeat_at=time.time(), train_s=self.train_s)
         paths.write_json(self.run_dir / paths.STATE, asdict(self.state))

@@ -33,6 +33,21 @@ def workspace_root() -> Path:
     return here
 
 
+def next_free(run_dir: Path) -> Path:
+    """The first of run_dir-2, run_dir-3, ... that does not exist."""
+    number = 2
+    while run_dir.with_name(f"{run_dir.name}-{number}").exists():
+        number += 1
+    return run_dir.with_name(f"{run_dir.name}-{number}")
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of `path` durable, if there is such a file."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+
 def sync_directory(directory: Path) -> None:
     """Make the names in `directory` durable: a rename survives power loss only after this."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

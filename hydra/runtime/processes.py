@@ -8,6 +8,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+# Set by the papermill engine for its kernel: the run directory that it has decided on.
+ENGINE_RUN_DIR = "HYDRA_ENGINE_RUN_DIR"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessIdentity:
@@ -16,6 +19,7 @@ class ProcessIdentity:
     pid: int
     start_ticks: int
     boot_id: str
+    pid_namespace: str
     host: str
 
     @classmethod
@@ -24,11 +28,21 @@ class ProcessIdentity:
         start_ticks = _start_ticks(pid)
         if start_ticks is None:
             return None
-        return cls(pid=pid, start_ticks=start_ticks, boot_id=boot_id(), host=socket.gethostname())
+        return cls(
+            pid=pid,
+            start_ticks=start_ticks,
+            boot_id=boot_id(),
+            pid_namespace=pid_namespace(),
+            host=socket.gethostname(),
+        )
 
     def is_here(self) -> bool:
-        """Whether it belongs to this boot of this machine, so that `is_alive` can tell."""
-        return self.boot_id == boot_id()
+        """Whether it belongs to this boot of this machine and shares our pids, so that `is_alive` can tell."""
+        return self.boot_id == boot_id() and self.pid_namespace == pid_namespace()
+
+    def is_before_a_reboot(self) -> bool:
+        """Whether this machine has been started anew since, so that it cannot live."""
+        return self.host == socket.gethostname() and self.boot_id != boot_id()
 
     def is_alive(self) -> bool:
         """Whether this very process still runs (on this machine)."""
@@ -38,6 +52,16 @@ class ProcessIdentity:
 def boot_id() -> str:
     """Identifies this boot of this machine (Linux)."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def pid_namespace() -> str:
+    """Identifies who shares our pids: containers on one machine do not."""
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
+def is_batch() -> bool:
+    """Whether this process is a kernel that the papermill engine started, with nobody looking on."""
+    return ENGINE_RUN_DIR in os.environ
 
 
 def current_process() -> ProcessIdentity:

@@ -48,6 +48,11 @@ class MetricsWriter:
             if name != "step":
                 self._board.add_scalar(name, value, global_step=int(record["step"]))
 
+    def sync(self) -> None:
+        """Make what was written durable, so that no checkpoint outlives the records before it."""
+        paths.sync_file(self._path)
+        self._board.flush()
+
     def close(self) -> None:
         """Flush what TensorBoard still holds."""
         self._board.close()

@@ -1,5 +1,6 @@
 """`Run`: what a notebook, a report or a colleague knows of a run. It reads the run directory and never owns it."""
 
+import contextlib
 import os
 import signal
 import time
@@ -87,7 +88,8 @@ class Run:
             return status
         if not status.owner.is_here():
             raise RunError(f"run {self.name} is trained on {status.owner.host}; stop it there")
-        os.kill(status.owner.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it may end by itself just now
+            os.kill(status.owner.pid, signal.SIGTERM)
         deadline = time.monotonic() + timeout_s
         while status.owner.is_alive():
             if time.monotonic() > deadline:

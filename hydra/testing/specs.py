@@ -21,6 +21,7 @@ def tiny_model_spec(**changes: Any) -> ModelSpec:
         "feed_forward": "swiglu",
         "d_feed_forward": 48,
         "tie_embeddings": True,
+        "norm_eps": 1e-5,
     }
     return ModelSpec(**{**fields, **changes})
 

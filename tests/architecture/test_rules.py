@@ -24,11 +24,7 @@ def calls(path: Path) -> list[ast.Call]:
 
 def test_only_the_trainer_steps_an_optimizer() -> None:
     for path in PRODUCT:
-        stepping = [
-            call
-            for call in calls(path)
-            if isinstance(call.func, ast.Attribute) and call.func.attr == "step" and "optim" in ast.unparse(call.func)
-        ]
+        stepping = [call for call in calls(path) if isinstance(call.func, ast.Attribute) and call.func.attr == "step"]
         assert bool(stepping) is (path == ROOT / "scripts" / "trainer.py"), path
 
 
@@ -65,9 +61,12 @@ def test_every_config_field_is_documented() -> None:
 
 
 def test_every_config_field_is_read_by_something() -> None:
-    text = "".join(path.read_text() for path in PRODUCT)
+    own = (ROOT / "scripts" / "config.py").read_text()
+    handed_on = own[own.index("def data_spec") : own.index("def differences")]
+    others = "".join(path.read_text() for path in PRODUCT if path.name != "config.py")
     for field in fields(TrainingConfig):
-        assert re.search(rf"(config|self)\.{field.name}\b", text), field.name
+        is_read = re.search(rf"config\.{field.name}\b", others) or re.search(rf"self\.{field.name}\b", handed_on)
+        assert is_read or field.name == "preset_name", field.name
 
 
 def test_every_preset_is_a_config() -> None:
@@ -138,6 +137,8 @@ def test_the_conda_environment_repeats_no_package_of_pyproject() -> None:
     assert not python_packages & set(conda)
     assert not python_packages & {re.split(r"[<>=!~ ;\[]", entry)[0].lower() for entry in pip}
     assert any("requirements.lock" in entry for entry in pip)
+    # torch is not in the lock: the documented command has to bring it.
+    assert "pip install --editable .\n" in (ROOT / "environment.yml").read_text()
     assert "python" in conda
 
 

@@ -24,7 +24,7 @@ def every_field(corpus: Path, data_dir: Path) -> dict[str, object]:
         "n_heads": 8,
         "attention": "gqa",
         "attention_options": {"n_kv_heads": 2, "rope_base": 500.0},
-        "feed_forward": "squared_relu",
+        "feed_forward": "swiglu",
         "d_feed_forward": 40,
         "tie_embeddings": True,
         "norm_eps": 1e-5,

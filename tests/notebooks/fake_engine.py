@@ -37,7 +37,8 @@ def train(run_dir: Path, n_steps: int) -> int:
         stopped = True
 
     signal.signal(signal.SIGTERM, stop)
-    ledger = Ledger.open(run_dir, n_steps)
+    ledger = Ledger.open(run_dir)
+    ledger.begin(n_steps)
     for step in range(ledger.state.step + 1, n_steps + 1):
         time.sleep(0.05)
         row = {"step": step, "loss_nats": 5.0 / step, "tokens_per_s": 100.0, "step_ms": 50.0}

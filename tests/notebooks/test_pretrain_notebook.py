@@ -41,6 +41,9 @@ REJECTED = {
     "tokenizer that is not there": (["-p", "tokenizer", "nowhere.json"], ["nowhere.json"]),
     "combination": (["-p", "micro_batch_size", "3"], ["micro_batch_size must divide batch_size"]),
     "unknown preset": (["-p", "preset", "debgu"], ["did you mean debug"]),
+    "unknown kernel": (["-k", "nokernel"], ["nokernel"]),
+    "a file for a folder": (["-r", "run_dir", "empty/../file"], ["file is a file"]),
+    "a folder of something else": (["-r", "run_dir", "."], ["no run and holds"]),
     "code for a name": (["-p", "a=1; open('pwned', 'w'); b", "2"], ["plain Python name"]),
 }
 
@@ -48,6 +51,7 @@ REJECTED = {
 @pytest.mark.parametrize("case", REJECTED)
 def test_what_cannot_be_run_is_rejected_at_once(papermill: Call, tmp_path: Path, case: str) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
     arguments, told = REJECTED[case]
     began = time.monotonic()
     done = papermill(*arguments, output="out.ipynb")
@@ -56,7 +60,7 @@ def test_what_cannot_be_run_is_rejected_at_once(papermill: Call, tmp_path: Path,
     assert all(word in done.stderr for word in told), done.stderr
     assert "Traceback" not in done.stderr
     assert "Passed unknown parameter" not in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
 def test_the_whole_job_and_its_second_call(papermill: Call, tmp_path: Path, corpus_dir: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from hydra.runtime import Run
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"max_steps": 500, "checkpoint_every": 40, "eval_every": 100, "log_every": 10}
-# From the first import of papermill to the rendering of the report.
-LATEST_S = 14.0
+# From the first import of papermill to the middle of training, on a quiet machine; later on a busy one.
+LATEST_S = 8.0
 
 
 def command(run_dir: Path, corpus_dir: Path, data_dir: Path) -> list[str]:
@@ -78,7 +79,7 @@ def test_killed_at_a_random_moment(
     run_dir = tmp_path / "runs" / "killed"
     arguments = command(run_dir, corpus_dir, shared_data_dir)
     n_kills = 0
-    for _ in range(8):
+    for _ in range(40):
         process = start(arguments)
         moment = time.monotonic() + moments.uniform(0.5, LATEST_S)
         # The victim may come to life later than the moment, and be gone again before it: then the job just ends.
@@ -101,12 +102,16 @@ def test_killed_at_a_random_moment(
             status = Run.open(run_dir).status()
             assert not status.is_alive
             assert killed or status.status == "done", output
-        if n_kills == 2 or not killed:
+        if n_kills == 2:
             break
+        if not killed:  # the moment came too late: another run gets another one
+            shutil.rmtree(run_dir)
+            n_kills = 0
 
+    assert n_kills == 2
     finished = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert str(run_dir / "report.html").removeprefix(f"{ROOT}/") in finished.stdout or "report.html" in finished.stdout
+    assert "report.html" in finished.stdout
     assert weights_hash(run_dir) == weights_hash(uninterrupted)
     assert figures(run_dir) == figures(uninterrupted)
     assert Run.open(run_dir).status().status == "done"

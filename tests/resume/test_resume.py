@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ from hydra.runtime import Run
 from scripts.config import TrainingConfig
 from scripts.trainer import Trainer
 
+ROOT = Path(__file__).parents[2]
 MakeRun = Callable[..., Path]
 StartTrainer = Callable[[Path], "subprocess.Popen[str]"]
 # Several epochs of the small corpus, accumulation, and a checkpoint that shares no factor with logs and evaluations.
@@ -50,23 +52,28 @@ def test_killed_at_random_moments(
     moments: random.Random,
 ) -> None:
     run_dir = make_run("killed", **LONG)
-    n_kills = 0
-    while n_kills < 6:
+    for kill in range(6):
         process = start_trainer(run_dir)
-        # From the import of torch to the middle of training; later kills often enough find a run further on.
-        time.sleep(moments.uniform(0.5, 5.0))
+        if kill % 2:
+            # Any moment from the import of torch on.
+            time.sleep(moments.uniform(0.5, 4.0))
+        else:
+            # While it trains: the run must get further from kill to kill, or all would hit its preparation.
+            step = Run.open(run_dir).status().step
+            wait_for_step(run_dir, step + 1)
+            time.sleep(moments.uniform(0.0, 0.4))
         process.kill()
         if process.wait() == 0:
             break
-        n_kills += 1
         assert Run.open(run_dir).status().status in ("new", "interrupted")
+    assert kill >= 2, "the run is too short for this test"
     finish(start_trainer, run_dir)
-    assert n_kills
+    assert "going on from" in (run_dir / "trainer.log").read_text()
     assert weights_hash(run_dir) == weights_hash(uninterrupted)
     assert figures(run_dir) == figures(uninterrupted)
     assert (run_dir / "samples.jsonl").read_text() == (uninterrupted / "samples.jsonl").read_text()
     status = Run.open(run_dir).status()
-    assert (status.status, status.step, status.cause) == ("done", 240, None)
+    assert (status.status, status.step, status.cause) == ("done", 600, None)
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
@@ -89,7 +96,7 @@ def test_asked_to_stop_it_loses_no_step(
     run_dir = make_run("stopped", **{**LONG})
     process = start_trainer(run_dir)
     wait_for_step(run_dir, 1)
-    time.sleep(moments.uniform(0.0, 0.8))
+    time.sleep(moments.uniform(0.0, 0.4))
     process.send_signal(stop_signal)
     assert process.wait(timeout=20) == 75
     status = Run.open(run_dir).status()
@@ -130,14 +137,54 @@ def test_stopped_while_it_prepares_it_ends_at_once_and_says_so(
     assert (status.status, status.cause, status.step) == ("interrupted", "SIGTERM", 0)
 
 
-def test_a_finished_run_is_not_trained_again(
-    make_run: MakeRun, start_trainer: StartTrainer, weights_hash: Callable[[Path], str]
-) -> None:
+def state_of(run_dir: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run_dir.rglob("*")}
+
+
+def test_a_finished_run_is_not_touched_again(make_run: MakeRun, start_trainer: StartTrainer) -> None:
     run_dir = make_run("done")
     finish(start_trainer, run_dir)
-    before = (weights_hash(run_dir), (run_dir / "metrics.jsonl").read_bytes())
+    before = state_of(run_dir)
     finish(start_trainer, run_dir)
-    assert (weights_hash(run_dir), (run_dir / "metrics.jsonl").read_bytes()) == before
+    assert state_of(run_dir) == before
+
+
+@pytest.mark.parametrize(("field", "value"), [("learning_rate", 0.5), ("max_steps", 30)])
+def test_a_config_edited_after_the_first_checkpoint_is_refused(
+    make_run: MakeRun, start_trainer: StartTrainer, field: str, value: float
+) -> None:
+    run_dir = make_run("edited")
+    finish(start_trainer, run_dir)
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps({**config, field: value}))
+    before = state_of(run_dir)
+    _, errors = (process := start_trainer(run_dir)).communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"{field}: {config[field]!r} there, {value!r} asked for" in errors
+    assert state_of(run_dir) == before
+
+
+def test_shards_that_were_cleared_away_are_made_again(
+    make_run: MakeRun,
+    start_trainer: StartTrainer,
+    uninterrupted: Path,
+    tmp_path: Path,
+    weights_hash: Callable[[Path], str],
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(ROOT / "tests" / "assets" / "notes", corpus)
+    run_dir = make_run("cleared", **LONG, data_dir=str(tmp_path / "data"), corpus=str(corpus))
+    process = start_trainer(run_dir)
+    wait_for_step(run_dir, 8)
+    process.terminate()
+    assert process.wait(timeout=20) == 75
+    shutil.rmtree(tmp_path / "data")
+    (corpus / "00.txt").write_text("another text")
+    assert start_trainer(run_dir).wait(timeout=60) == 1
+    assert "SHA-256" in (Run.open(run_dir).status().message or "")
+    shutil.copy(ROOT / "tests" / "assets" / "notes" / "00.txt", corpus)
+    finish(start_trainer, run_dir)
+    assert weights_hash(run_dir) == weights_hash(uninterrupted)
 
 
 def test_second_trainer_is_refused(make_run: MakeRun, start_trainer: StartTrainer) -> None:
@@ -151,6 +198,7 @@ def test_second_trainer_is_refused(make_run: MakeRun, start_trainer: StartTraine
     assert time.monotonic() - began < 15
     assert f"owned by process {first.pid}" in errors
     assert Run.open(run_dir).status().is_alive
+    assert "owned by" not in (run_dir / "trainer.log").read_text()
     first.kill()
     first.wait()
 
@@ -220,12 +268,19 @@ def test_a_damaged_checkpoint_or_shard_is_named(
     assert "model.safetensors" in (Run.open(run_dir).status().message or "")
 
 
-@pytest.mark.parametrize("content", [None, "{}", '{"seed": 1', '{"surplus": 1}'])
+@pytest.mark.parametrize("content", [None, "{}", '{"seed": 1', '{"surplus": 1}', "null", "\\xff"])
 def test_a_bad_config_file_exits_2(tmp_path: Path, start_trainer: StartTrainer, content: str | None) -> None:
     if content is not None:
-        (tmp_path / "config.json").write_text(content)
+        (tmp_path / "config.json").write_text(content, encoding="latin-1")
     process = start_trainer(tmp_path)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "config.json" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_file_in_place_of_a_run_directory_exits_2(tmp_path: Path, start_trainer: StartTrainer) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    _, errors = (process := start_trainer(tmp_path / "config.json")).communicate(timeout=60)
+    assert process.returncode == 2
     assert "Traceback" not in errors

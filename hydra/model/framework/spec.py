@@ -37,7 +37,7 @@ class ModelSpec:
     """Width F of the feed-forward network."""
     tie_embeddings: bool
     """Whether the head is the embedding's own matrix."""
-    norm_eps: float = 1e-5
+    norm_eps: float
     """Added to the mean square in every RMSNorm."""
 
     def __post_init__(self) -> None:

@@ -76,7 +76,7 @@ def test_a_finished_run(make_run: Callable[..., Run], done_status: RunStatus, pl
     cost = {item.dt.get_text(): item.dd.get_text() for item in soup.find(class_="tiles").find_all("div")}
     assert cost == {
         "status": "done, step 50 of 50",
-        "restarts from a checkpoint": "2",
+        "restarts": "2",
         "time": "2 min 05 s",
         "tokens": "500",
         "training FLOPs": "1.5e+15",

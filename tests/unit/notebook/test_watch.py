@@ -11,10 +11,11 @@ import pytest
 
 from hydra.notebook.charts import decimate
 from hydra.notebook.markup import Section, format_bytes, format_number, thin
-from hydra.notebook.plan import Request, next_free
+from hydra.notebook.plan import Request
 from hydra.notebook.progress import describe, format_duration
 from hydra.notebook.watch import watch
 from hydra.runtime import Run, RunStatus
+from hydra.runtime.paths import next_free
 from hydra.runtime.processes import current_process
 
 # `hydra.notebook.watch` is the function, as DESIGN.md names it; this is the module it stands in.

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from hydra.optim import build_parameter_groups, cosine, warmup_stable_decay
+from hydra.errors import CheckpointError
+from hydra.optim import (
+    build_parameter_groups,
+    cosine,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    warmup_stable_decay,
+)
 
 
 def test_warmup_stable_decay_corners() -> None:
@@ -44,3 +51,24 @@ def test_each_parameter_is_in_exactly_one_group() -> None:
     assert all(parameter.ndim >= 2 for parameter in decayed["params"])
     assert {id(parameter) for parameter in plain["params"]} == {id(model[1].bias), *map(id, model[2].parameters())}
     torch.optim.AdamW([decayed, plain], lr=1e-3)
+
+
+def test_optimizer_state_goes_round_and_must_fit() -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    model, optimizer = build()
+    for _ in range(3):
+        model(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+    tensors = optimizer_tensors(model, optimizer)
+    other_model, other_optimizer = build()
+    load_optimizer_tensors(other_model, other_optimizer, tensors)
+    other_tensors = optimizer_tensors(other_model, other_optimizer)
+    assert other_tensors.keys() == tensors.keys()
+    assert all(torch.equal(other_tensors[key], tensor) for key, tensor in tensors.items())
+    incomplete = {key: tensor for key, tensor in tensors.items() if key != "0.bias/exp_avg"}
+    for wrong in (incomplete, {**tensors, "2.weight/exp_avg": torch.ones(1)}):
+        with pytest.raises(CheckpointError, match="names do not"):
+            load_optimizer_tensors(other_model, other_optimizer, wrong)

@@ -34,11 +34,18 @@ def test_round_trip_keeps_bits_and_only_the_newest(tmp_path: Path) -> None:
             assert loaded.tensors[group][name].dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])
+FILES = ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
     path = save_checkpoint(tmp_path, 1, make(1), keep_last=1) / name
     content = bytearray(path.read_bytes())
+    if (name, damage) == ("manifest.json", "remove"):
+        path.unlink()
+        assert list_checkpoints(tmp_path) == []
+        return
     if damage == "remove":
         path.unlink()
     else:
@@ -84,6 +91,19 @@ def test_a_failure_at_any_point_leaves_what_was_there(tmp_path: Path, monkeypatc
     assert n_failures >= 6
     assert [directory.name for directory in list_checkpoints(tmp_path)] == ["step-00000002"]
     assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_what_is_not_ours_is_neither_counted_nor_removed(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, make(1), keep_last=1)
+    folder = tmp_path / "checkpoints"
+    (folder / "precious").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "step-00000009-backup").mkdir()
+    (folder / "step-00000009-backup" / "manifest.json").write_text("{}")
+    save_checkpoint(tmp_path, 2, make(2), keep_last=1)
+    assert [directory.name for directory in list_checkpoints(tmp_path)] == ["step-00000002"]
+    names = {entry.name for entry in folder.iterdir()}
+    assert names == {"precious", "notes.txt", "step-00000009-backup", "step-00000002"}
 
 
 def test_a_directory_without_a_manifest_is_no_checkpoint_and_is_cleared(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def test_the_first_session_decides_and_every_session_is_recorded(tmp_path: Path)
     again = choose_once(tmp_path, device="auto", threads=0)
     assert again == first
     environment = paths.read_json(tmp_path / paths.ENVIRONMENT)
-    assert environment["resolved"] == {"device": "cpu", "threads": 1, "dtype": "float32"}
+    assert environment["resolved"] == {"device": "cpu", "threads": 1}
     assert [session["packages"]["torch"] for session in environment["sessions"]] == [torch.__version__] * 2
 
 

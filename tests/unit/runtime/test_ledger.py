@@ -21,7 +21,8 @@ OWN_AND_WAIT = """
 import sys, time
 from pathlib import Path
 from hydra.runtime.ledger import Ledger
-ledger = Ledger.open(Path(sys.argv[1]), max_steps=10)
+ledger = Ledger.open(Path(sys.argv[1]))
+ledger.begin(max_steps=10)
 ledger.update(stage="training", step=3)
 print("owned", flush=True)
 time.sleep(60)
@@ -43,7 +44,7 @@ def test_second_owner_is_refused_and_named_and_a_killed_owner_frees_the_run(tmp_
     owner = start_owner(tmp_path)
     try:
         with pytest.raises(RunError, match=f"one owner.*process {owner.pid}"):
-            Ledger.open(tmp_path, max_steps=10)
+            Ledger.open(tmp_path)
         assert read_status(tmp_path).status == "running"
     finally:
         owner.kill()
@@ -54,7 +55,8 @@ def test_second_owner_is_refused_and_named_and_a_killed_owner_frees_the_run(tmp_
         time.sleep(0.01)
     assert (read_status(tmp_path).status, read_status(tmp_path).cause) == ("interrupted", "killed")
     owner.wait()
-    ledger = Ledger.open(tmp_path, max_steps=10)
+    ledger = Ledger.open(tmp_path)
+    ledger.begin(max_steps=10)
     assert (ledger.state.restarts, ledger.state.step, ledger.state.status) == (1, 3, "running")
     ledger.close()
 
@@ -67,16 +69,24 @@ def test_a_reused_pid_is_not_the_owner(tmp_path: Path) -> None:
         assert read_status(tmp_path).status == "interrupted"
 
 
+ELSEWHERE = {
+    "another machine": {"boot_id": "another", "host": "another-machine"},
+    "container": {"pid_namespace": "pid:[1]"},
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
 @pytest.mark.parametrize(("age_s", "expected"), [(5.0, "running"), (600.0, "interrupted")])
-def test_an_owner_on_another_machine_is_judged_by_its_heartbeat(tmp_path: Path, age_s: float, expected: str) -> None:
-    owner = ProcessIdentity(pid=1, start_ticks=1, boot_id="another", host="another-machine")
+def test_an_owner_elsewhere_is_judged_by_its_heartbeat(tmp_path: Path, age_s: float, expected: str, where: str) -> None:
+    owner: ProcessIdentity = replace(current_process(), **ELSEWHERE[where])
     state = RunStatus(status="running", owner=owner, heartbeat_at=time.time() - age_s)
     paths.write_json(tmp_path / paths.STATE, asdict(state))
     assert read_status(tmp_path).status == expected
 
 
 def test_the_last_word_stands(tmp_path: Path) -> None:
-    ledger = Ledger.open(tmp_path, max_steps=10)
+    ledger = Ledger.open(tmp_path)
+    ledger.begin(max_steps=10)
     ledger.finish("interrupted", stage="stopped", cause="SIGTERM")
     ledger.update(stage="training", step=7)
     assert (read_status(tmp_path).status, read_status(tmp_path).step) == ("interrupted", 0)
@@ -124,7 +134,10 @@ def test_what_a_killed_writer_left_is_cleared_and_a_living_one_s_is_not(tmp_path
     abandoned, in_use = tmp_path / f".state.json.{dead.pid}.tmp", tmp_path / f".pretrain.ipynb.{os.getpid()}.tmp"
     for path in (abandoned, in_use, tmp_path / ".hidden.tmp"):
         path.write_text("half")
-    Ledger.open(tmp_path, max_steps=1).close()
+    ledger = Ledger.open(tmp_path)
+    assert abandoned.exists()
+    ledger.begin(max_steps=1)
+    ledger.close()
     assert not abandoned.exists()
     assert in_use.exists()
     assert (tmp_path / ".hidden.tmp").exists()

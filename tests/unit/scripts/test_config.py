@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hydra.errors import ConfigError, RunError
 from scripts.config import TrainingConfig, refuse_changed_config
@@ -32,6 +33,7 @@ from scripts.config import TrainingConfig, refuse_changed_config
         ({"attention_options": {"n_kv_head": 1}}, ["n_kv_head", "n_kv_heads"]),
         ({"attention_options": {"n_kv_heads": "two"}}, ["n_kv_heads", "two"]),
         ({"corpus": []}, ["corpus"]),
+        ({"threads": 10**6}, ["threads"]),
         ({"a=1; import os": 2}, ["a=1; import os"]),
         ({"preset_name": "tiny"}, ["preset_name", "preset"]),
     ],
@@ -82,15 +84,33 @@ def test_another_config_under_the_same_name_is_refused_with_the_difference_and_a
     with pytest.raises(RunError) as caught:
         refuse_changed_config(TrainingConfig(seed=3), run_dir)
     assert "seed: 0 there, 3 asked for" in str(caught.value)
-    assert "-p run_dir runs/pretrain-3" in str(caught.value)
+    assert "-r run_dir runs/pretrain-3" in str(caught.value)
 
 
 def test_papermill_arguments_ask_for_the_same_config() -> None:
+    from papermill.cli import _resolve_type
+
     config = TrainingConfig.preset(
-        "tiny", seed=4, corpus=("a b",), tie_embeddings=True, sample_prompt="1", learning_rate=1e-4
+        "tiny", seed=4, corpus=("a b",), tie_embeddings=True, sample_prompt="1", learning_rate=1e-4, tokenizer="12e4567"
     )
     arguments = config.papermill_arguments()
-    assert arguments[:3] == ["-p", "preset", "tiny"]
-    at = arguments.index("-r")
-    assert arguments[at : at + 3] == ["-r", "sample_prompt", "1"]
-    assert json.dumps({"corpus": ["a b"]}) in arguments
+    parameters: dict[str, object] = {}
+    while arguments:
+        match arguments:
+            case ["-p", name, value, *rest]:
+                parameters[name] = _resolve_type(value)
+            case ["-r", name, value, *rest]:
+                parameters[name] = value
+            case ["-y", text, *rest]:
+                parameters.update(yaml.safe_load(text))
+        arguments = rest
+    assert TrainingConfig.from_parameters(parameters) == config
+
+
+def test_a_folder_of_something_else_is_not_taken_for_a_new_run(tmp_path: Path) -> None:
+    (tmp_path / "pretrain.ipynb").write_text("{}")
+    (tmp_path / "report.html").write_text("")
+    refuse_changed_config(TrainingConfig(), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(RunError, match="holds checkpoints"):
+        refuse_changed_config(TrainingConfig(), tmp_path)
