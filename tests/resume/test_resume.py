@@ -21,7 +21,7 @@ MakeRun = Callable[..., Path]
 StartTrainer = Callable[[Path], "subprocess.Popen[str]"]
 # Several epochs of the small corpus, accumulation, and a checkpoint that shares no factor with logs and evaluations.
 LONG = {
-    "max_steps": 240,
+    "max_steps": 600,
     "batch_size": 6,
     "micro_batch_size": 2,
     "checkpoint_every": 7,
