@@ -84,7 +84,11 @@ def open_dataset(manifest: Mapping[str, Any], data_dir: Path) -> Dataset:
 
 
 def compute_fingerprint(spec: DataSpec, corpus: Corpus, root: Path) -> str:
-    """64 hexadecimal digits that stand for every token of the dataset."""
+    """64 hexadecimal digits that stand for what the dataset is made from.
+
+    The version of the `tokenizers` library is left out: should another one train other merges, the SHA-256s of the
+    tokenizer and of the shards in a run's manifest tell.
+    """
     identity = {
         "format_version": FORMAT_VERSION,
         "corpus_sha256": corpus.sha256,

@@ -17,16 +17,16 @@ class DataSpec:
     Raises ConfigError when a value cannot be right on any machine; what lies on disk is checked by check_corpus.
     """
 
-    corpus: tuple[str, ...] = (DEFAULT_CORPUS,)
+    corpus: tuple[str, ...]
     """"default" (the Python source of four pinned packages) or paths of utf-8 text files and folders, in order."""
 
-    tokenizer: str = "bpe"
+    tokenizer: str
     """"bpe" (byte-level, trained on the train split), "bytes", "characters", or the path of a tokenizer.json."""
 
-    vocab_size: int = 4096
+    vocab_size: int
     """Most entries of the "bpe" vocabulary, 256 bytes and special token included; other tokenizers bring their own."""
 
-    validation_fraction: float = 0.02
+    validation_fraction: float
     """About this part of the corpus' bytes, between 0 and 1, is never trained on."""
 
     def __post_init__(self) -> None:

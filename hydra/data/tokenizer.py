@@ -44,7 +44,7 @@ def build_tokenizer(spec: DataSpec, root: Path, train: Sequence[str], validation
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN_CHARACTER))
         tokenizer.decoder = decoders.Fuse()
     else:
-        tokenizer = _read_tokenizer(_tokenizer_path(spec, root))
+        tokenizer = read_tokenizer(_tokenizer_path(spec, root))
     tokenizer.add_special_tokens([AddedToken(BOS_TOKEN, special=True, normalized=False)])
     log.info("tokenizer %s: %d entries", spec.tokenizer, vocabulary_size(tokenizer))
     return for_text(tokenizer)
@@ -53,7 +53,8 @@ def build_tokenizer(spec: DataSpec, root: Path, train: Sequence[str], validation
 def for_text(tokenizer: Tokenizer) -> Tokenizer:
     """Set the tokenizer so that a text that holds "<|endoftext|>" literally is encoded as those characters.
 
-    tokenizer.json does not store this setting, so it is made anew whenever a tokenizer is read.
+    tokenizer.json does not store this setting, so it is made anew whenever a dataset is opened. (The one that
+    `Run.load_tokenizer` reads for sampling keeps the library's setting: in a prompt the token may be written.)
     """
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
@@ -150,7 +151,8 @@ def _tokenizer_path(spec: DataSpec, root: Path) -> Path:
     return root / Path(spec.tokenizer).expanduser()
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in the file; DataError when it is none, or not one that encodes a text always alike."""
     try:
         text = path.read_text(encoding="utf-8")
         settings: Any = json.loads(text)

@@ -29,7 +29,7 @@ from hydra.notebook.plan import Plan, Request
 from hydra.notebook.progress import Progress
 from hydra.notebook.storage import make_local_saves_atomic, save_copy
 from hydra.runtime import Run, RunStatus
-from hydra.runtime.processes import ENGINE_RUN_DIR
+from hydra.runtime.processes import ENGINE_PID, ENGINE_RUN_DIR
 
 START_TIMEOUT_S = 180
 IOPUB_TIMEOUT_S = 120
@@ -105,10 +105,7 @@ class _Batch:
         self._manager = manager
         self._nb: NotebookNode = manager.nb
         self._run = Run(plan.run_dir)
-        # A run that someone else trains already is watched here, and goes on when this job ends.
-        status = self._run.status()
-        self._other_owner = status.owner if status.is_alive else None
-        self._ended_at_before = status.ended_at
+        self._ended_at_before = self._run.status().ended_at
         self._interruption = Interruption()
         self._failure: str | None = None
         self._status_at_failure: RunStatus | None = None
@@ -152,7 +149,8 @@ class _Batch:
                 log_output=self._manager.log_output,
                 **traits,
             )
-            client.execute(env={**os.environ, ENGINE_RUN_DIR: str(self._plan.run_dir)})
+            job = {ENGINE_RUN_DIR: str(self._plan.run_dir), ENGINE_PID: str(os.getpid())}
+            client.execute(env={**os.environ, **job})
 
     def _abort(self, error: BaseException) -> tuple[str, str]:
         """Why the execution cannot go on, as an error's name and text. The first call counts."""
@@ -180,9 +178,12 @@ class _Batch:
                     self._status_at_failure = self._run.status()
 
     def _stop_own_run(self) -> None:
-        """End the trainer that this job started, with a checkpoint. (It also ends by itself when the kernel dies.)"""
+        """End the trainer that this job started, with a checkpoint. (It also ends by itself when the kernel dies.)
+
+        A run that someone else trains is only watched here, and goes on when this job ends.
+        """
         status = self._run.status()
-        if not status.is_alive or status.owner == self._other_owner:
+        if not status.is_alive or not _was_started_by_this_job(status.pid):
             return
         try:
             self._run.stop(STOP_TIMEOUT_S)
@@ -250,6 +251,15 @@ class _Batch:
             return status.status == "interrupted"
         # A cell's error is the run's when the run had been cut off by then; else it is the notebook's own.
         return self._status_at_failure.status == "interrupted"
+
+
+def _was_started_by_this_job(pid: int | None) -> bool:
+    """Whether our kernel started that process, which then has our mark in its environment."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # gone, or of another user
+        return False
+    return f"{ENGINE_PID}={os.getpid()}".encode() in environment
 
 
 def silence_unknown_parameters(engine_name: str) -> None:

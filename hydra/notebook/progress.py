@@ -115,6 +115,7 @@ class Progress:
         if status.step:
             parts.append(describe(status, last_training_record(self._run.metrics())))
         elif status.is_alive:
-            said = self._run.log_tail(1).strip()[:100]
-            parts.append(f"{status.stage}: {said}" if said else status.stage)
+            # Preparing data may take long and has no steps to count: say what its log said last.
+            said = self._run.log_tail(1).split(": ", 1)[1:] if status.stage == "preparing data" else []
+            parts.append(": ".join([status.stage, *said])[:100])
         return status, " | ".join(parts)

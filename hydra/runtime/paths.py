@@ -21,7 +21,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def workspace_root() -> Path:
-    """The nearest directory at or above the working directory that is a HYDRA checkout, else the working directory.
+    """The nearest directory at or above the working one with `pyproject.toml` and `notebooks/`, else the working one.
 
     Relative paths of runs, data and corpora are relative to it, so that a notebook in `notebooks/` and a command
     in the checkout mean the same files.

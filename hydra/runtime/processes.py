@@ -8,8 +8,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-# Set by the papermill engine for its kernel: the run directory that it has decided on.
+# Set by the papermill engine for its kernel: the run directory that it has decided on, and its own process id.
 ENGINE_RUN_DIR = "HYDRA_ENGINE_RUN_DIR"
+ENGINE_PID = "HYDRA_ENGINE_PID"
 
 
 @dataclass(frozen=True, kw_only=True)

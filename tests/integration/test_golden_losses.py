@@ -21,7 +21,7 @@ GOLDEN = ROOT / "tests" / "assets" / "golden_losses.json"
 # Relative, over 40 steps. Measured between AVX512, AVX2 and SSE kernels of ATen, MKL and oneDNN on one machine: 1.1e-7.
 BAND = 1e-5
 RUNS = {
-    "ccgqa": {"attention": "ccgqa"},
+    "ccgqa": {"attention": "ccgqa", "feed_forward": "swiglu"},
     "gqa": {"attention": "gqa", "feed_forward": "squared_relu", "tie_embeddings": True, "schedule": "cosine"},
 }
 COMMON = {"max_steps": 40, "eval_every": 40, "batch_size": 4, "micro_batch_size": 2, "threads": 1, "device": "cpu"}

@@ -34,3 +34,9 @@ def test_the_house_that_readme_describes_is_the_one_that_stands() -> None:
         assert any((ROOT / parent / folder).is_dir() for parent in ("", "hydra")), folder
     for folder in (path.name for path in (ROOT / "hydra").iterdir() if path.is_dir() and path.name != "__pycache__"):
         assert re.search(rf"^\s*{folder}/", tour, flags=re.MULTILINE), folder
+
+
+def test_readme_is_finished_and_its_links_lead_somewhere() -> None:
+    assert not re.findall(r"@[A-Z]+@", README)
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert "://" in target or (ROOT / target).exists(), target

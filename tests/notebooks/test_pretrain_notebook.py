@@ -39,6 +39,7 @@ REJECTED = {
     ),
     "number for a folder": (["-p", "run_dir", "001"], ["run_dir", "-r run_dir"]),
     "tokenizer that is not there": (["-p", "tokenizer", "nowhere.json"], ["nowhere.json"]),
+    "a tokenizer that is none": (["-p", "tokenizer", "file"], ["must be a tokenizer.json"]),
     "combination": (["-p", "micro_batch_size", "3"], ["micro_batch_size must divide batch_size"]),
     "unknown preset": (["-p", "preset", "debgu"], ["did you mean debug"]),
     "unknown kernel": (["-k", "nokernel"], ["nokernel"]),

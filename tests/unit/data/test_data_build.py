@@ -143,7 +143,7 @@ def test_folder_without_manifest_is_refused(dataset: Dataset, spec: DataSpec, tm
 def test_large_vocabulary_takes_four_bytes_per_token(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("".join(map(chr, range(0x10000, 0x20100))), encoding="utf-8")
     (tmp_path / "b").write_text("hello", encoding="utf-8")
-    dataset = prepare_dataset(DataSpec(corpus=("a", "b"), tokenizer="characters"), tmp_path / "data", tmp_path)
+    dataset = prepare_dataset(DataSpec(("a", "b"), "characters", 4096, 0.02), tmp_path / "data", tmp_path)
     assert dataset.manifest["dtype"] == "<u4" and dataset.manifest["tokenizer"]["vocab_size"] > 1 << 16
     largest = max(batch.targets_BT.max() for batch in (dataset.train_batch(0, seed=0, n_rows=3000, n_tokens=16),))
     assert largest >= 1 << 16

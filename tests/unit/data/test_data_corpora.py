@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,14 @@ from hydra.data.corpora import cut_at_line_ends, read_corpus, split_documents, t
 from hydra.errors import ConfigError, DataError
 
 
+def make_spec(**fields: Any) -> DataSpec:
+    """The default corpus and BPE, but for `fields`."""
+    usual = {"corpus": ("default",), "tokenizer": "bpe", "vocab_size": 4096, "validation_fraction": 0.02}
+    return DataSpec(**{**usual, **fields})
+
+
 def spec_of(*corpus: str, **fields: object) -> DataSpec:
-    return DataSpec(corpus=corpus, **fields)  # type: ignore[arg-type]
+    return make_spec(corpus=corpus, **fields)  # type: ignore[arg-type]
 
 
 def test_default_corpus_is_the_pinned_source_without_tests() -> None:
@@ -22,7 +29,7 @@ def test_default_corpus_is_the_pinned_source_without_tests() -> None:
     assert all(name.endswith(".py") for name in names)
     assert len(files) == 1216
     # Raises when the bytes are not those of DEFAULT_CORPUS_SHA256.
-    corpus = read_corpus(DataSpec(), Path("/nowhere"))
+    corpus = read_corpus(make_spec(), Path("/nowhere"))
     assert sum(len(text.encode()) for text in corpus.train + corpus.validation) == 22_590_090
     assert 300_000 < sum(len(text.encode()) for text in corpus.validation) < 600_000
     assert corpus.sha256 == "460588c9463184b24fe28d6ad7353df7f379e6ddbcfd2c680ae3816d6bf41f7d"
@@ -31,7 +38,7 @@ def test_default_corpus_is_the_pinned_source_without_tests() -> None:
 def test_default_corpus_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(corpora_module.DEFAULT_CORPUS_PACKAGES, "sympy", "1.13.0")
     with pytest.raises(DataError, match=r"sympy==1\.13\.0, but sympy==1\.14\.0 .*pip install .*sympy==1\.13\.0"):
-        check_corpus(DataSpec(), Path())
+        check_corpus(make_spec(), Path())
 
 
 def test_default_corpus_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +47,7 @@ def test_default_corpus_that_is_not_installed_is_refused(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(DataError, match=r"no jinja2 is installed; run `pip install .*jinja2==3\.1\.6`"):
-        check_corpus(DataSpec(), Path())
+        check_corpus(make_spec(), Path())
 
 
 def test_default_corpus_with_a_changed_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -48,7 +55,7 @@ def test_default_corpus_with_a_changed_file_is_refused(monkeypatch: pytest.Monke
     changed.write_text("x = 1\n")
     monkeypatch.setattr(corpora_module, "_default_corpus_files", lambda: [changed])
     with pytest.raises(DataError, match="a package was changed; run `pip install --force-reinstall"):
-        read_corpus(DataSpec(), Path())
+        read_corpus(make_spec(), Path())
 
 
 def test_folder_is_read_in_order_without_hidden_blank_and_binary_files(
@@ -154,4 +161,4 @@ def test_a_file_that_ends_within_a_character_is_not_text(tmp_path: Path) -> None
 )
 def test_values_that_no_machine_can_use_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        DataSpec(**fields)  # type: ignore[arg-type]
+        make_spec(**fields)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Batches: pure in the step, each row once per epoch, each validation token once."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,12 @@ from hydra.data.corpora import read_corpus
 from hydra.data.loader import epoch_order
 from hydra.data.shards import TokenStream
 from hydra.errors import DataError
+
+
+def make_spec(**fields: Any) -> DataSpec:
+    """The default corpus and BPE, but for `fields`."""
+    usual = {"corpus": ("default",), "tokenizer": "bpe", "vocab_size": 4096, "validation_fraction": 0.02}
+    return DataSpec(**{**usual, **fields})
 
 
 def stream_of(dataset: Dataset, split: str) -> np.ndarray:
@@ -132,7 +139,7 @@ def test_split_shorter_than_a_row_is_refused(dataset: Dataset) -> None:
 def test_smallest_possible_corpus(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     (tmp_path / "b").write_text("y")
-    dataset = prepare_dataset(DataSpec(corpus=("a", "b"), tokenizer="characters"), tmp_path / "data", tmp_path)
+    dataset = prepare_dataset(make_spec(corpus=("a", "b"), tokenizer="characters"), tmp_path / "data", tmp_path)
     (batch,) = dataset.validation_batches(n_rows=2, n_tokens=4)
     assert batch.n_valid_tokens == 1
     assert dataset.train_batch(10, seed=0, n_rows=3, n_tokens=1).n_valid_tokens == 3
