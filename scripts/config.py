@@ -146,18 +146,12 @@ class TrainingConfig:
             f"be at most max_steps={self.max_steps}",
             self.warmup_steps,
         )
-        if self.schedule == "warmup_stable_decay":
-            n_decay = round(self.decay_fraction * self.max_steps)
-            _must(
-                self.warmup_steps + n_decay <= self.max_steps,
-                "decay_fraction",
-                f"leave room for warmup_steps={self.warmup_steps} within max_steps={self.max_steps}",
-                self.decay_fraction,
-            )
         try:
             check_options(self.attention, d_model=self.d_model, n_heads=self.n_heads, options=self.attention_options)
         except ConfigError as error:
-            raise PydanticCustomError("attention", "{problem}", {"problem": str(error)}) from None
+            raise PydanticCustomError(
+                "attention", "{problem}", {"problem": f"attention, attention_options: {error}"}
+            ) from None
 
     @classmethod
     def preset(cls, name: str, **fields: object) -> Self:
@@ -171,8 +165,9 @@ class TrainingConfig:
                 f"preset must be one of {', '.join(PRESETS)}, but got {name!r}{_closest(str(name), PRESETS)}"
             )
         known = [field.name for field in dataclasses.fields(cls)]
+        names = ["preset", *(field for field in known if field != "preset_name")]
         problems = [
-            f"{given}: there is no such parameter{_closest(given, ['preset', *known])}"
+            f"{given}: there is no such parameter{_closest(given, names)}"
             for given in fields
             if given not in known or given == "preset_name"
         ]
@@ -307,7 +302,7 @@ def refuse_changed_config(config: TrainingConfig, run_dir: Path) -> None:
         if foreign:
             raise RunError(
                 f"a new run needs a folder of its own, but {run_dir} is no run and holds {sorted(foreign)[0]}; "
-                f"give another name: -r run_dir runs/{run_dir.name}"
+                f"give another run_dir, such as runs/{run_dir.name}"
             )
 
 
@@ -328,7 +323,8 @@ def refuse_difference(config: TrainingConfig, stored: TrainingConfig, run_dir: P
         new_name = new_name.relative_to(workspace_root())
     raise RunError(
         f"{run_dir} must hold the config that is asked for, but it was started with another:\n{listed}\n"
-        f"For a run of its own give another name: -r run_dir {shlex.quote(str(new_name))}"
+        f"For a run of its own give another run_dir, such as {new_name} (papermill: -r run_dir "
+        f"{shlex.quote(str(new_name))})"
     )
 
 

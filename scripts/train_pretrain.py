@@ -25,12 +25,14 @@ def pretrain(run_dir: str | Path, **parameters: object) -> trainer.RunResult:
 
 def main(arguments: list[str]) -> int:
     """Returns the trainer's exit status."""
-    if len(arguments) == 1 and not arguments[0].startswith("-"):
-        try:
-            write_config_once(TrainingConfig(), (workspace_root() / arguments[0]).resolve())
-        except HydraError as error:
-            sys.stderr.write(f"{error}\n")
-            return trainer.EXIT_BAD_CONFIG
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        sys.stderr.write("usage: python -m scripts.train_pretrain RUN_DIR (there are no flags)\n")
+        return trainer.EXIT_BAD_CONFIG
+    try:
+        write_config_once(TrainingConfig(), (workspace_root() / arguments[0]).resolve())
+    except HydraError as error:
+        sys.stderr.write(f"{error}\n")
+        return trainer.EXIT_BAD_CONFIG
     return trainer.main(arguments)
 
 

@@ -23,6 +23,7 @@ MIN_PIECE_BYTES = 1 << 10
 MAX_PIECE_BYTES = 1 << 16
 N_PIECES = 64  # a corpus of one file still becomes about this many documents, so that a small fraction can be kept back
 PROBE_BYTES = 1 << 16
+SMALL_CORPUS_BYTES = 1 << 20  # so small a corpus is read at once to see whether it can be split
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,20 @@ class Corpus:
 def check_corpus(spec: DataSpec, root: Path) -> None:
     """Raise DataError unless every part of the corpus is there and holds text, and a tokenizer file can be read.
 
-    Quick: no text is read beyond the beginning of a file. root: what relative paths are relative to.
+    Quick: of a large corpus no text is read beyond the beginning of a file. root: what relative paths are relative to.
     """
+    n_bytes = 0
     for name in spec.corpus:
         if name == DEFAULT_CORPUS:
-            _default_corpus_files()
+            n_bytes += sum(file.stat().st_size for file in _default_corpus_files())
         elif next(_text_files(name, root, probe_only=True), None) is None:
             raise DataError(
                 f"A corpus must hold text, but {name!r} ({_resolve(name, root)}) has no utf-8 text file that is "
                 f"neither hidden nor blank; give another path"
             )
+        else:
+            path = _resolve(name, root)
+            n_bytes += sum(file.stat().st_size for file in ([path] if path.is_file() else _visible_files(path)))
     if spec.tokenizer not in TOKENIZER_KINDS and not _resolve(spec.tokenizer, root).is_file():
         raise DataError(
             f"tokenizer must be one of {', '.join(TOKENIZER_KINDS)} or the path of an existing tokenizer.json, but got "
@@ -59,6 +64,8 @@ def check_corpus(spec: DataSpec, root: Path) -> None:
         )
     if spec.tokenizer not in TOKENIZER_KINDS:
         read_tokenizer(_resolve(spec.tokenizer, root))
+    if n_bytes < SMALL_CORPUS_BYTES:
+        _read_and_split(spec, root)
 
 
 def read_corpus(spec: DataSpec, root: Path) -> Corpus:
@@ -69,6 +76,10 @@ def read_corpus(spec: DataSpec, root: Path) -> Corpus:
     are left out.
     """
     check_corpus(spec, root)
+    return _read_and_split(spec, root)
+
+
+def _read_and_split(spec: DataSpec, root: Path) -> Corpus:
     files: list[bytes] = []
     for name in spec.corpus:
         files += _read_default_corpus() if name == DEFAULT_CORPUS else _text_files(name, root)

@@ -21,7 +21,7 @@ from papermill.engines import Engine
 from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger
 
-from hydra.errors import HydraError
+from hydra.errors import ConfigError, HydraError
 from hydra.notebook.interruption import Interruption
 from hydra.notebook.kernel import BatchClient, TruthfulManager
 from hydra.notebook.parameters import RUN_DIR, assigned_parameters, check_names, resolve_run_dir
@@ -77,7 +77,6 @@ class NotebookEngine(Engine):
 
         Raises:
             BatchError: see `exit_code`.
-            PapermillExecutionError: a cell raised.
         """
         try:
             plan = cls.plan(_read_request(nb))
@@ -213,7 +212,7 @@ class _Batch:
         except PapermillExecutionError as cell_error:
             if self._was_cut_off(cell_error):
                 raise self._cut_off(report) from cell_error
-            raise
+            raise BatchError(f"{self._failure}\nreport: {_shown(report)}", FAILED) from cell_error
         finally:
             save_copy(self._nb, plan.run_dir / f"{plan.notebook_name}.ipynb", output_path)
         if error is None:
@@ -292,5 +291,24 @@ def _read_request(nb: NotebookNode) -> Request:
     parameters = assigned_parameters(nb)
     notebook = record.get("input_path")
     name = PurePath(notebook).stem if isinstance(notebook, str) and notebook != "-" else None
-    run_dir = resolve_run_dir(parameters.pop(RUN_DIR, None), name)
+    given = parameters.pop(RUN_DIR, None)
+    run_dir = resolve_run_dir(given, name)
+    output = record.get("output_path")
+    if isinstance(output, str) and output != "-":
+        _check_output(Path(output).resolve(), notebook, run_dir, is_given=given is not None)
     return Request(notebook=str(notebook), notebook_name=name or run_dir.name, parameters=parameters, run_dir=run_dir)
+
+
+def _check_output(output: Path, notebook: object, run_dir: Path, *, is_given: bool) -> None:
+    """Return if the executed notebook may be saved there.
+
+    Raises:
+        ConfigError: it would replace the notebook itself, or lies in a run directory that is not this run's.
+    """
+    if isinstance(notebook, str) and output == Path(notebook).resolve():
+        raise ConfigError(f"the output must not be the notebook itself, but both are {notebook}; give another output")
+    if not is_given and output.parent != run_dir and output.parent.parent == run_dir.parent:
+        raise ConfigError(
+            f"the output lies in {output.parent}, but the run would be {run_dir}; to name the run, add: "
+            f"-r {RUN_DIR} {_shown(output.parent)}"
+        )

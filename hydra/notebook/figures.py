@@ -92,7 +92,10 @@ def config_section(config: Mapping[str, object], differences: Mapping[str, tuple
     ]
     changed = frozenset(range(len(differences)))
     said = f"{len(differences)} of {len(config)} fields differ from the preset"
-    body = table(("field", "value", "preset, where it differs"), rows, f"{said}; these stand first.", changed)
+    header = ("field", "value", "preset, where it differs")
+    caption = f"{said}; these stand first." if differences else f"{said}."
+    n_columns = 3 if differences else 2
+    body = table(header[:n_columns], [row[:n_columns] for row in rows], caption, changed)
     return Section(
         "config", body, said + ": " + ", ".join(f"{name}={value}" for name, (_, value) in differences.items())
     )

@@ -86,8 +86,8 @@ def resolve_run_dir(given: object, notebook_name: str | None) -> Path:
     if given is None:
         if notebook_name is None:
             raise ConfigError(
-                f"the run needs a name, but the notebook's name is not known here; assign {RUN_DIR} in its "
-                f'parameters cell, as {RUN_DIR} = "runs/my-run"'
+                f"the run needs a name, but the notebook's name is not known here; with papermill add --engine hydra, "
+                f'elsewhere assign {RUN_DIR} in the parameters cell, as {RUN_DIR} = "runs/my-run"'
             )
         given = f"runs/{notebook_name}"
     if not isinstance(given, str) or not given.strip():
@@ -211,7 +211,8 @@ def _executed_parameters() -> dict[str, object]:
             injected = source
     if not declared and not injected:
         raise ConfigError(
-            f"the parameters cell must have been executed, but no executed cell begins with `{COMMENT}:`; run it first"
+            f"the parameters cell must have been executed, but no executed cell begins with `{COMMENT}:`; that line is "
+            "how the cell is found: keep it, and run the cell first"
         )
     return {name: shell.user_ns[name] for source in (declared, injected) for name in _assignments(source)}
 

@@ -57,6 +57,9 @@ def render_report(nb: NotebookNode, plan: Plan, failure: str | None) -> Path:
     shown = copy.deepcopy(nb)
     shown.metadata.pop("widgets", None)
     title = _take_title(shown) or run.name
+    if failure is not None:
+        # A heading over cells that never ran would promise what is not there; the sections come from the run directory.
+        shown.cells = [cell for cell in shown.cells if cell.metadata.get("papermill", {}).get("status") != "pending"]
     _bound_outputs(shown)
     page = _exporter().from_notebook_node(
         shown,
@@ -96,15 +99,17 @@ def _summary(run: Run, plan: Plan, failure: str | None) -> list[str]:
             verb = "failed" if status.status == "failed" else "was cut off"
             happened.append(f"The run {verb} at step {status.step} of {status.max_steps} ({cause}).")
         told = "".join(f"<p>{escape(_strip_colour(line))}</p>" for line in happened)
+        heading = "It did not end well"
+        if status.status == "interrupted":
+            heading = "It was cut off, and can go on"
+            told += f"<p>The same command goes on:</p><pre>{escape(plan.command)}</pre>"
         log = run.log_tail(LOG_LINES)
         tail = (
             f"<details open><summary>Last lines of trainer.log</summary><pre>{escape(log)}</pre></details>"
             if log
             else ""
         )
-        parts.append(
-            f'<section class="failure" role="alert"><h2 id="failure">It did not end well</h2>{told}{tail}</section>'
-        )
+        parts.append(f'<section class="failure" role="alert"><h2 id="failure">{heading}</h2>{told}{tail}</section>')
     parts.append(f'<p class="question">{escape(plan.question)}</p><p class="answer">{escape(_answer(run, status))}</p>')
     parts.append(f"<h2 id='status-and-cost'>Status and cost</h2>{tiles(_cost(status))}")
     return parts
@@ -131,7 +136,7 @@ def _cost(status: RunStatus) -> Mapping[str, object]:
     return {
         "status": f"{status.status}, step {status.step:,} of {status.max_steps:,}",
         "restarts": status.restarts,
-        "time": format_duration(status.train_s),
+        "wall time": format_duration(status.train_s),
         "tokens": status.tokens,
         "training FLOPs": f"{status.train_flops:.3g}",
         "parameters": status.n_parameters,

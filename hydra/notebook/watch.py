@@ -57,7 +57,7 @@ def _follow(run: Run) -> RunStatus:
 
 def _last_line(run: Run, status: RunStatus) -> str:
     head = f"{run.name} is {status.status} at step {status.step} of {status.max_steps}"
-    head += f", {format_duration(status.train_s)} of training"
+    head += f", {format_duration(status.train_s)} in all"
     if status.val_bits_per_byte is not None:
         head += f"; validation {status.val_bits_per_byte:.3f} bits per byte"
     if status.status == "done":

@@ -18,7 +18,8 @@ def warmup_stable_decay(
 ) -> float:
     """Linear warm-up, a plateau at 1, then a linear fall to `final_fraction` over the last `decay_fraction` of steps.
 
-    The fall reaches `final_fraction` one step after the last update, so that no update is lost to a rate of 0.
+    Where a short run makes warm-up and fall overlap, their factors multiply. The fall reaches `final_fraction` one step
+    after the last update, so that no update is lost to a rate of 0.
     Source: the trapezoid of Hägele et al., arXiv 2405.18392.
     """
     n_decay = round(decay_fraction * max_steps)

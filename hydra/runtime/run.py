@@ -107,8 +107,9 @@ class Run:
         if status.status == "done":
             return
         advice = {
-            "failed": f"mend the cause (see {self.directory / paths.LOG}) and give the same command again",
-            "interrupted": "give the same command again: it goes on from the last checkpoint",
+            "failed": f"mend the cause (see {self.directory / paths.LOG}) and give the same command again; if the "
+            "cause is a parameter, change it and give the run another name (-r run_dir runs/NAME)",
+            "interrupted": "give the same command again: it goes on from the last checkpoint, if there is one",
             "running": "wait for it",
             "new": "start it with launch()",
         }[status.status]

@@ -42,6 +42,7 @@ REJECTED = {
     "a tokenizer that is none": (["-p", "tokenizer", "file"], ["must be a tokenizer.json"]),
     "combination": (["-p", "micro_batch_size", "3"], ["micro_batch_size must divide batch_size"]),
     "unknown preset": (["-p", "preset", "debgu"], ["did you mean debug"]),
+    "too small a corpus": (["-p", "corpus", "tiny.txt"], ["two different documents"]),
     "unknown kernel": (["-k", "nokernel"], ["nokernel"]),
     "a file for a folder": (["-r", "run_dir", "empty/../file"], ["file is a file"]),
     "a folder of something else": (["-r", "run_dir", "."], ["no run and holds"]),
@@ -53,6 +54,7 @@ REJECTED = {
 def test_what_cannot_be_run_is_rejected_at_once(papermill: Call, tmp_path: Path, case: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
+    (tmp_path / "tiny.txt").write_text("abc")
     arguments, told = REJECTED[case]
     began = time.monotonic()
     done = papermill(*arguments, output="out.ipynb")
@@ -61,7 +63,22 @@ def test_what_cannot_be_run_is_rejected_at_once(papermill: Call, tmp_path: Path,
     assert all(word in done.stderr for word in told), done.stderr
     assert "Traceback" not in done.stderr
     assert "Passed unknown parameter" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "tiny.txt"]
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [("runs/other/pretrain.ipynb", "-r run_dir runs/other"), (str(NOTEBOOK), "must not be the notebook itself")],
+)
+def test_an_output_that_would_mislead_or_destroy_is_rejected(
+    papermill: Call, tmp_path: Path, corpus_dir: Path, output: str, told: str
+) -> None:
+    before = NOTEBOOK.read_bytes()
+    done = papermill("-p", "preset", "tiny", "-p", "corpus", str(corpus_dir), output=output)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert NOTEBOOK.read_bytes() == before
 
 
 def test_the_whole_job_and_its_second_call(papermill: Call, tmp_path: Path, corpus_dir: Path) -> None:

@@ -21,7 +21,7 @@ MakeRun = Callable[..., Path]
 StartTrainer = Callable[[Path], "subprocess.Popen[str]"]
 # Several epochs of the small corpus, accumulation, and a checkpoint that shares no factor with logs and evaluations.
 LONG = {
-    "max_steps": 600,
+    "max_steps": 400,
     "batch_size": 6,
     "micro_batch_size": 2,
     "checkpoint_every": 7,
@@ -73,7 +73,7 @@ def test_killed_at_random_moments(
     assert figures(run_dir) == figures(uninterrupted)
     assert (run_dir / "samples.jsonl").read_text() == (uninterrupted / "samples.jsonl").read_text()
     status = Run.open(run_dir).status()
-    assert (status.status, status.step, status.cause) == ("done", 600, None)
+    assert (status.status, status.step, status.cause) == ("done", 400, None)
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:

@@ -120,9 +120,9 @@ def test_neither_split_is_ever_empty(fraction: float) -> None:
 def test_corpus_of_one_short_document_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short\n")
     (tmp_path / "same.txt").write_text("too short\n")
-    check_corpus(spec_of("short.txt"), tmp_path)
-    with pytest.raises(DataError, match=r"at least two different documents.*got 2 of one text"):
-        read_corpus(spec_of("short.txt", "same.txt"), tmp_path)
+    for refuse in (check_corpus, read_corpus):
+        with pytest.raises(DataError, match=r"at least two different documents.*got 2 of one text"):
+            refuse(spec_of("short.txt", "same.txt"), tmp_path)
 
 
 def test_missing_empty_and_unreadable_corpora_are_named(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_finished_run(make_run: Callable[..., Run], done_status: RunStatus, pl
     assert cost == {
         "status": "done, step 50 of 50",
         "restarts": "2",
-        "time": "2 min 05 s",
+        "wall time": "2 min 05 s",
         "tokens": "500",
         "training FLOPs": "1.5e+15",
         "parameters": "4,000,000",

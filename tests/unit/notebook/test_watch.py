@@ -58,7 +58,7 @@ def test_a_run_is_followed_to_its_end(
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "step 20/50 | loss 4.0000 | 12,345 tokens/s | 0 s left",
-        "job is done at step 50 of 50, 2 min 05 s of training; validation 1.462 bits per byte",
+        "job is done at step 50 of 50, 2 min 05 s in all; validation 1.462 bits per byte",
     ]
     assert len(shown) == 1
     assert "goes from 4.98 at step 1 to 4 at step 50" in shown[0].text

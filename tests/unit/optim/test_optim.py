@@ -33,6 +33,12 @@ def test_no_decay_and_no_warmup() -> None:
     assert [warmup_stable_decay(step, **shape) for step in range(10)] == [1.0] * 10
 
 
+def test_a_run_shorter_than_warmup_and_fall_together() -> None:
+    shape = {"max_steps": 10, "warmup_steps": 9, "decay_fraction": 0.5, "final_fraction": 0.0}
+    rate = [warmup_stable_decay(step, **shape) for step in range(10)]
+    assert rate[4:] == pytest.approx([0.5, 0.6, 0.7 * 0.8, 0.8 * 0.6, 0.9 * 0.4, 0.2])
+
+
 def test_cosine_corners() -> None:
     shape = {"max_steps": 110, "warmup_steps": 10, "final_fraction": 0.1}
     assert cosine(10, **shape) == 1.0

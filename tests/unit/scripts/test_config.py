@@ -28,14 +28,14 @@ from scripts.config import TrainingConfig, refuse_changed_config
         ({"micro_batch_size": 3}, ["micro_batch_size", "divide batch_size", "3"]),
         ({"n_heads": 7}, ["n_heads", "d_model"]),
         ({"warmup_steps": 10_000}, ["warmup_steps", "max_steps"]),
-        ({"decay_fraction": 1.0}, ["decay_fraction", "warmup_steps"]),
+        ({"decay_fraction": 1.5}, ["decay_fraction", "1.5"]),
         ({"attention": "ccgqaa"}, ["ccgqa", "gqa"]),
-        ({"attention_options": {"n_kv_head": 1}}, ["n_kv_head", "n_kv_heads"]),
+        ({"attention_options": {"n_kv_head": 1}}, ["attention_options", "n_kv_head", "n_kv_heads"]),
         ({"attention_options": {"n_kv_heads": "two"}}, ["n_kv_heads", "two"]),
         ({"corpus": []}, ["corpus"]),
         ({"threads": 10**6}, ["threads"]),
         ({"a=1; import os": 2}, ["a=1; import os"]),
-        ({"preset_name": "tiny"}, ["preset_name", "preset"]),
+        ({"preset_name": "tiny"}, ["preset_name", "did you mean preset?"]),
     ],
 )
 def test_bad_parameters_are_named(parameters: dict[str, object], words: list[str]) -> None:
