@@ -76,7 +76,10 @@ def read_corpus(spec: DataSpec, root: Path) -> Corpus:
     are left out.
     """
     check_corpus(spec, root)
-    return _read_and_split(spec, root)
+    corpus = _read_and_split(spec, root)
+    n_train, n_validation = len(corpus.train), len(corpus.validation)
+    log.info("corpus %s: %d train and %d validation documents", ", ".join(spec.corpus), n_train, n_validation)
+    return corpus
 
 
 def _read_and_split(spec: DataSpec, root: Path) -> Corpus:
@@ -87,10 +90,6 @@ def _read_and_split(spec: DataSpec, root: Path) -> Corpus:
     piece_bytes = min(max(n_bytes // N_PIECES, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
     documents = [piece.decode() for file in files for piece in cut_at_line_ends(file, piece_bytes)]
     train, validation = split_documents(documents, spec.validation_fraction)
-    log.info(
-        "corpus %s: %d files, %d bytes, cut into %d train and %d validation documents",
-        ", ".join(spec.corpus), len(files), n_bytes, len(train), len(validation),
-    )  # fmt: skip
     return Corpus(train, validation, text_sha256(documents))
 
 
