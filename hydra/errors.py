@@ -21,5 +21,9 @@ class RunError(HydraError):
     """A run directory that is owned by another process, holds another config, or ended in failure."""
 
 
+class RunCutOffError(RunError):
+    """A run whose trainer was ended from outside; the same command goes on with it."""
+
+
 class NotFiniteError(HydraError):
     """A loss or gradient that is not finite; raised before the optimizer moves."""

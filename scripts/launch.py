@@ -1,10 +1,11 @@
 """Starting the trainer as a process of its own, from a notebook or from Python."""
 
+import os
 import sys
 import time
 from pathlib import Path
 
-from hydra.errors import RunError
+from hydra.errors import RunCutOffError, RunError
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.processes import ProcessIdentity, is_batch, start_process
 from scripts.config import TrainingConfig, refuse_changed_config
@@ -20,6 +21,7 @@ def launch(config: TrainingConfig, run_dir: str | Path) -> Run:
 
     Raises:
         RunError: the directory holds another config, or the trainer did not start (with the end of its log).
+        RunCutOffError: the trainer was ended from outside before it owned the run.
     """
     directory = (workspace_root() / run_dir).resolve()
     write_config_once(config, directory)
@@ -39,6 +41,10 @@ def launch(config: TrainingConfig, run_dir: str | Path) -> Run:
         if status.is_alive or (identity is not None and status.owner == identity):
             return run
         if process.poll() is not None:
+            if process.returncode < 0 or process.returncode == os.EX_TEMPFAIL:
+                raise RunCutOffError(
+                    f"the trainer was ended (status {process.returncode}) before it began; give the same command again"
+                )
             raise RunError(f"the trainer must start, but ended with status {process.returncode}:\n{run.log_tail(20)}")
         time.sleep(0.05)
     raise RunError(f"the trainer must own {directory} within {START_TIMEOUT_S} s; see {directory / paths.LOG}")

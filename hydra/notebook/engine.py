@@ -21,7 +21,7 @@ from papermill.engines import Engine
 from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger
 
-from hydra.errors import ConfigError, HydraError
+from hydra.errors import ConfigError, HydraError, RunCutOffError
 from hydra.notebook.interruption import Interruption
 from hydra.notebook.kernel import BatchClient, TruthfulManager
 from hydra.notebook.parameters import RUN_DIR, assigned_parameters, check_names, resolve_run_dir
@@ -249,7 +249,8 @@ class _Batch:
         if isinstance(error, CellTimeoutError):
             return status.status == "interrupted"
         # A cell's error is the run's when the run had been cut off by then; else it is the notebook's own.
-        return self._status_at_failure.status == "interrupted"
+        is_told = (self._failure or "").startswith(RunCutOffError.__name__)
+        return is_told or self._status_at_failure.status == "interrupted"
 
 
 def _was_started_by_this_job(pid: int | None) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import ensure_event_loop
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from papermill.clientwrap import PapermillNotebookClient
@@ -96,6 +96,19 @@ class BatchClient(PapermillNotebookClient):
                 f"{self._socket_directory} is too long for Unix sockets: the kernel listens on local ports"
             )
         return manager
+
+    def start_new_kernel_client(self, **options: object) -> object:
+        """Wait until the kernel answers.
+
+        Raises:
+            DeadKernelError: it died before; nbclient calls that a RuntimeError, and only later deaths by this name.
+        """
+        try:
+            return super().start_new_kernel_client(**options)
+        except RuntimeError as error:
+            if "Kernel died" in str(error):
+                raise DeadKernelError(str(error)) from error
+            raise
 
     def papermill_execute_cells(self) -> None:
         """Execute the cells in order up to the first error, saving at every step."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hydra.errors import CheckpointError, RunError
+from hydra.errors import CheckpointError, RunCutOffError, RunError
 from hydra.runtime import paths
 from hydra.runtime.checkpoint import list_checkpoints, load_checkpoint
 from hydra.runtime.ledger import RunStatus, read_status
@@ -101,7 +101,8 @@ class Run:
         """Return if the run is done.
 
         Raises:
-            RunError: it is not; the message says what happened and what to do.
+            RunCutOffError: it was interrupted.
+            RunError: it is not done for another reason. The message says what happened and what to do.
         """
         status = self.status()
         if status.status == "done":
@@ -114,7 +115,8 @@ class Run:
             "new": "start it with launch()",
         }[status.status]
         happened = ": ".join(part for part in (status.cause, status.message) if part) or status.stage
-        raise RunError(
+        kind = RunCutOffError if status.status == "interrupted" else RunError
+        raise kind(
             f"run {self.name} must be done, but it is {status.status} at step {status.step} of {status.max_steps} "
             f"({happened}); {advice}"
         )
