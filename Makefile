@@ -27,4 +27,4 @@ lock: .venv/installed
 	@$(BIN)/pip install --quiet uv
 	@echo "torch==2.13.0; python_version < '3.0'" > .venv/without-torch.txt
 	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
-	    --no-header --override .venv/without-torch.txt --output-file requirements.lock
+	    --custom-compile-command "make lock" --override .venv/without-torch.txt --output-file requirements.lock
