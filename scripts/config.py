@@ -22,6 +22,7 @@ from hydra.runtime.paths import CONFIG, next_free, workspace_root
 
 if TYPE_CHECKING:
     from hydra.model.framework import ModelSpec
+    from hydra.optim import OptimizerSpec
 
 
 def _as_tuple(value: object) -> object:
@@ -94,8 +95,16 @@ class TrainingConfig:
     """Rows per forward and backward pass; must divide batch_size. Changes memory and rounding, nothing else."""
     max_steps: PositiveInt = 640
     """Optimizer steps of the run."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """`muon`: Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for the rest. `adamw`: no Muon."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     """Peak learning rate of AdamW."""
+    muon_learning_rate: Annotated[float, Field(gt=0.0)] = 0.02
+    """Peak learning rate of Muon; a matrix taller than wide gets sqrt(rows / columns) of it."""
+    muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Muon's decay of the mean of gradients (Nesterov)."""
+    muon_weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay of Muon's matrices (per step, times its learning rate)."""
     schedule: Literal["warmup_stable_decay", "cosine"] = "warmup_stable_decay"
     """Shape of the learning rate over the steps."""
     warmup_steps: Annotated[int, Field(ge=0)] = 40
@@ -105,7 +114,7 @@ class TrainingConfig:
     final_learning_rate_fraction: Fraction = 0.0
     """Learning rate at the last step, as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Decoupled weight decay of matrices (per step, times the learning rate); norms, biases and the like have none."""
+    """AdamW's decoupled weight decay of matrices and tables (per step, times the learning rate); vectors have none."""
     adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """AdamW's decay of the mean of gradients."""
     adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
@@ -122,6 +131,14 @@ class TrainingConfig:
     """Where to compute; `auto` takes a CUDA device when there is one. Chosen once, then kept by the run."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of one operation; 0: all cores this process may use. Chosen once, then kept by the run."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Numbers of matrix products and activations; weights are kept in float32 beside them. `auto` takes bfloat16 where
+    the machine multiplies it fast. Chosen once, then kept by the run."""
+    attention_kernel: Literal["auto", "blocked", "scaled_dot_product"] = "auto"
+    """How softmax attention is computed: torch's own choice, or matrix products over blocks of queries. `auto` takes
+    what is faster on the device. Chosen once, then kept by the run."""
+    compile_from_step: Annotated[int, Field(ge=0)] | None = 0
+    """Finished steps after which blocks run as compiled code (the compiler is waited for); None: never."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
     eval_every: PositiveInt = 160
@@ -200,7 +217,7 @@ class TrainingConfig:
 
         Raises:
             ConfigError: a field is missing, unknown or invalid; a config holds every field, so that no default that
-                has changed since can slip in.
+                has changed since can slip in. What was written before a field existed gets what it then meant.
         """
         try:
             stored = json.loads(text)
@@ -208,6 +225,7 @@ class TrainingConfig:
             raise ConfigError(f"a stored config must be JSON, but is not: {error}") from None
         if not isinstance(stored, dict):
             raise ConfigError(f"a stored config must be a JSON object, but is a {type(stored).__name__}")
+        stored = {**ADDED_LATER, **stored}
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in stored]
         if missing:
             raise ConfigError(f"a stored config must hold every field, but lacks {', '.join(missing)}; start a new run")
@@ -237,6 +255,21 @@ class TrainingConfig:
             d_feed_forward=self.d_feed_forward,
             tie_embeddings=self.tie_embeddings,
             norm_eps=self.norm_eps,
+        )
+
+    def optimizer_spec(self) -> "OptimizerSpec":
+        """The optimizers."""
+        from hydra.optim.optimizers import OptimizerSpec
+
+        return OptimizerSpec(
+            kind=self.optimizer,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            adam_betas=(self.adam_beta1, self.adam_beta2),
+            adam_eps=self.adam_eps,
+            muon_learning_rate=self.muon_learning_rate,
+            muon_momentum=self.muon_momentum,
+            muon_weight_decay=self.muon_weight_decay,
         )
 
     def differences(self, other: "TrainingConfig | None" = None) -> dict[str, tuple[object, object]]:
@@ -276,9 +309,22 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "eval_every": 10,
         "checkpoint_every": 5,
         "sample_tokens": 16,
+        "dtype": "float32",
+        "compile_from_step": None,
     },
 }
 
+
+# Fields that came later, with the values under which a run of before computes as it did.
+ADDED_LATER: Mapping[str, object] = {
+    "optimizer": "adamw",
+    "muon_learning_rate": 0.02,
+    "muon_momentum": 0.95,
+    "muon_weight_decay": 0.0,
+    "dtype": "float32",
+    "attention_kernel": "scaled_dot_product",
+    "compile_from_step": None,
+}
 
 # What an engine leaves in a run directory before the trainer has begun.
 NOT_YET_A_RUN = (r".*\.ipynb", r"report\.html", r"\..*")

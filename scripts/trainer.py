@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hydra.attention.core import choose_kernel
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
 from hydra.errors import ConfigError, HydraError, NotFiniteError
-from hydra.model.framework import HydraModel, build_model
-from hydra.optim import build_parameter_groups, build_schedule, load_optimizer_tensors, optimizer_tensors
+from hydra.model.framework import Execution, HydraModel, build_model
+from hydra.optim import MasterWeights, build_optimizers, build_schedule, load_optimizer_tensors, optimizer_tensors
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from hydra.runtime.choices import choose_once, set_up_torch
@@ -36,6 +37,7 @@ from scripts.launch import launch, write_config_once
 __all__ = ["RunResult", "StepResult", "Trainer", "launch"]
 
 logger = logging.getLogger(__name__)
+COMPILE_CACHE = "compiled"  # under data_dir, shared by runs
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_RESUMABLE = 0, 1, 2, 75
 
 
@@ -52,7 +54,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean loss in nats per token, L2 norm of the gradient before clipping, learning rate."""
+    """One optimizer step: mean loss in nats per token, L2 norm of the gradient before clipping, AdamW's rate."""
 
     loss_nats: float
     grad_norm: float
@@ -63,7 +65,8 @@ class Trainer:
     """Trains the model of `config` in `run_dir`, from the start or from the newest checkpoint there."""
 
     model: HydraModel
-    optimizer: torch.optim.Optimizer
+    masters: MasterWeights
+    optimizers: list[torch.optim.Optimizer]
     dataset: Dataset
     metrics: MetricsWriter
 
@@ -107,9 +110,11 @@ class Trainer:
             self._prepare()
             self.stop.when_received = None
 
+            self._compile_if_due()
             self._evaluate_if_due()
             while self.step < self.config.max_steps and not self.stop.is_set:
                 self._log_if_due(self.train_step())
+                self._compile_if_due()
                 self._evaluate_if_due()
                 self._checkpoint_if_due()
             self._finish()
@@ -135,24 +140,26 @@ class Trainer:
             self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
         )
         loss_nats = self.forward_backward(batch)
-        grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), config.max_gradient_norm))
+        grad_norm = float(nn.utils.clip_grad_norm_(self.masters.named.values(), config.max_gradient_norm))
         if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
             raise NotFiniteError(
                 f"loss and gradient norm must be finite, but got {loss_nats=} and {grad_norm=} in step "
                 f"{self.step + 1}; the weights have not moved. Lower learning_rate, or raise warmup_steps"
             )
-        learning_rate = config.learning_rate * self._schedule(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        share_of_peak = self._schedule(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share_of_peak * group["peak_lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.masters.publish()
 
         self.step += 1
         self.tokens += batch.n_valid_tokens
         self.ledger.update(
             stage="training", step=self.step, tokens=self.tokens, train_flops=self.tokens * self.flops_per_token
         )
-        return StepResult(loss_nats, grad_norm, learning_rate)
+        return StepResult(loss_nats, grad_norm, share_of_peak * config.learning_rate)
 
     def forward_backward(self, batch: Batch) -> float:
         """Accumulate the gradient of the mean loss over all valid tokens of the batch; returns that mean in nats.
@@ -192,6 +199,12 @@ class Trainer:
             }
         )
 
+    def _compile_if_due(self) -> None:
+        """From the step that the config names on, whatever session comes to it, blocks run as compiled code."""
+        compile_from = self.config.compile_from_step
+        if compile_from is not None and self.step >= compile_from and not self.model.is_compiled:
+            self.model.compile_regions()
+
     def _evaluate_if_due(self) -> None:
         """Evaluate and sample at the due steps; a run that was cut off before this was written does it on resume."""
         is_due = self.step % self.config.eval_every == 0 or self.step == self.config.max_steps
@@ -222,8 +235,8 @@ class Trainer:
         self.metrics.sync()
         paths.sync_file(self.run_dir / paths.SAMPLES)
         tensors = {
-            "model": dict(self.model.state_dict()),
-            "optimizer": optimizer_tensors(self.model, self.optimizer),
+            "model": self.masters.state_dict(),
+            "optimizer": optimizer_tensors(self.masters.named, self.optimizers),
             "rng": {"torch_cpu": torch.get_rng_state()},
         }
         trainer_state = {
@@ -240,8 +253,15 @@ class Trainer:
     # ---------------------------------------------------------------- before the first step, and after the last
 
     def _prepare(self) -> None:
-        choices = choose_once(self.run_dir, device=self.config.device, threads=self.config.threads)
-        set_up_torch(choices, self.config.seed)
+        choices = choose_once(
+            self.run_dir,
+            device=self.config.device,
+            threads=self.config.threads,
+            dtype=self.config.dtype,
+            attention_kernel=self.config.attention_kernel,
+            choose_attention_kernel=lambda device: choose_kernel(device, self.config.context_length),
+        )
+        set_up_torch(choices, self.config.seed, workspace_root() / self.config.data_dir / COMPILE_CACHE)
         self.device = torch.device(choices.device)
 
         self.ledger.update(stage="preparing data")
@@ -249,15 +269,15 @@ class Trainer:
         self._vocab_size = int(self.dataset.manifest["tokenizer"]["vocab_size"])
 
         self.ledger.update(stage="building the model")
-        self.model = build_model(self.config.model_spec(self._vocab_size), seed=self.config.seed, device=self.device)
-        self.flops_per_token = self.model.flops_per_token(self.config.context_length)
-        self.optimizer = torch.optim.AdamW(
-            build_parameter_groups(self.model, self.config.weight_decay),
-            lr=self.config.learning_rate,
-            betas=(self.config.adam_beta1, self.config.adam_beta2),
-            eps=self.config.adam_eps,
-            fused=True,
+        self.model = build_model(
+            self.config.model_spec(self._vocab_size),
+            seed=self.config.seed,
+            device=self.device,
+            execution=Execution(attention_kernel=choices.attention_kernel),
         )
+        self.masters = MasterWeights(self.model, getattr(torch, choices.dtype), self.model.lookup_names())
+        self.optimizers = build_optimizers(self.masters.named, self.config.optimizer_spec())
+        self.flops_per_token = self.model.flops_per_token(self.config.context_length)
         self._schedule = build_schedule(
             self.config.schedule,
             max_steps=self.config.max_steps,
@@ -310,8 +330,8 @@ class Trainer:
         checkpoint = load_checkpoint(directory, groups=("model", "optimizer", "rng"))
         state = checkpoint.trainer_state
         assert state["data_fingerprint"] == self.dataset.manifest["fingerprint"], state
-        self.model.load_state_dict(dict(checkpoint.tensors["model"]), strict=True)
-        load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors["optimizer"])
+        self.masters.load_state_dict(dict(checkpoint.tensors["model"]))
+        load_optimizer_tensors(self.masters.named, self.optimizers, checkpoint.tensors["optimizer"])
         torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         logger.info("going on from %s", directory)

@@ -78,6 +78,9 @@ class AttentionBackend(nn.Module, ABC):
             assert document_ids_BT is None, "documents belong into the context"
         return self.attend(x_BTD, context, cache)
 
+    def prepare(self, context: AttentionContext) -> None:
+        """Work out in the context what layers like this one share. A model calls it outside of compiled code."""
+
     @abstractmethod
     def attend(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
         """What forward does, with positions and visibility worked out."""

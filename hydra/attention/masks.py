@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra.errors import ConfigError
+from hydra.layers.rotary import compute_rotary
 
 
 def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
@@ -76,6 +77,16 @@ class AttentionContext:
     """Document of every token so far; None when a row is one document. Tokens of one document stand together."""
     mask_B1TS: Tensor | None
     """Additive mask, causal and within documents; None when causality is all there is."""
+    kernel: str = "scaled_dot_product"
+    """Which of hydra.attention.core.KERNELS computes softmax attention."""
+    rotary_tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    """Cosines and sines by rotated width and base, as layers have asked for them."""
+
+    def rotary(self, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos_BT1R and sin_BT1R for these tokens, worked out once for all layers; see compute_rotary."""
+        if (width, base) not in self.rotary_tables:
+            self.rotary_tables[width, base] = compute_rotary(self.positions_BT, width, base, dtype)
+        return self.rotary_tables[width, base]
 
     def recent_document_ids(self, n_before: int) -> Tensor | None:
         """Document ids of the new tokens and of the n_before tokens before them, (B, n_before + T).
@@ -95,6 +106,7 @@ def build_context(
     positions_BT: Tensor | None = None,
     document_ids_BT: Tensor | None = None,
     history: TokenHistory | None = None,
+    kernel: str = "scaled_dot_product",
 ) -> AttentionContext:
     """Work out once, for all layers, what the tokens x_BTD may see; counts them in the history if there is one.
 
@@ -104,6 +116,7 @@ def build_context(
             differences only.
         document_ids_BT: integers; tokens see only their own document. Tokens of one document must stand together.
         history: of the cache, if there is one.
+        kernel: one of hydra.attention.core.KERNELS.
     Raises:
         ConfigError: from TokenHistory.extend.
     """
@@ -120,4 +133,4 @@ def build_context(
     if document_ids_BS is not None:
         allowed_BTS = document_mask(document_ids_BS, n_tokens) & causal_mask(n_tokens, n_past + n_tokens, x_BTD.device)
         mask_B1TS = to_additive(allowed_BTS, x_BTD.dtype)[:, None]
-    return AttentionContext(n_past, positions_BT, document_ids_BS, mask_B1TS)
+    return AttentionContext(n_past, positions_BT, document_ids_BS, mask_B1TS, kernel)

@@ -1,7 +1,8 @@
-"""What is chosen once for a run, from `auto` and this machine, and then stays: device and threads."""
+"""What is chosen once for a run, from `auto` and this machine, and then stays."""
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,16 +14,37 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """Device (`cpu` or `cuda`) and CPU threads of one operation."""
+    """What a run computes with, in every session of it."""
 
     device: str
+    """`cpu` or `cuda`."""
     threads: int
+    """CPU threads of one operation."""
+    dtype: str = "float32"
+    """Numbers of matrix products and activations: `float32` or `bfloat16`. (Runs of before had float32.)"""
+    attention_kernel: str = "scaled_dot_product"
+    """The kernel of softmax attention, as hydra.attention names them."""
 
 
-def choose_once(run_dir: Path, *, device: str, threads: int) -> Choices:
-    """The run's choices: those of its first session, or now those for `device` (may be `auto`) and `threads` (0: all).
+def choose_once(
+    run_dir: Path,
+    *,
+    device: str,
+    threads: int,
+    dtype: str = "float32",
+    attention_kernel: str = "scaled_dot_product",
+    choose_attention_kernel: Callable[[str], tuple[str, str]] | None = None,
+) -> Choices:
+    """The run's choices: those of its first session, or now those that are asked for, on this machine.
 
     Records this session in environment.json.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        threads: 0 for all cores that this process may use.
+        dtype: `auto`, `float32` or `bfloat16`.
+        attention_kernel: `auto` or a name.
+        choose_attention_kernel: from the device to what `auto` stands for, and why.
 
     Raises:
         ConfigError: the run computes on a device that this machine does not have.
@@ -30,14 +52,42 @@ def choose_once(run_dir: Path, *, device: str, threads: int) -> Choices:
     import torch
 
     check_device(device)
+    resolved_device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    resolved_dtype, dtype_reason = choose_dtype(resolved_device) if dtype == "auto" else (dtype, "asked for")
+    kernel_reason = "asked for"
+    if attention_kernel == "auto":
+        assert choose_attention_kernel is not None
+        attention_kernel, kernel_reason = choose_attention_kernel(resolved_device)
     now = Choices(
-        device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+        device=resolved_device,
         threads=threads or len(os.sched_getaffinity(0)),
+        dtype=resolved_dtype,
+        attention_kernel=attention_kernel,
     )
     choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
-    logger.info("computing with %s (asked for: device=%s, threads=%d)", choices, device, threads)
+    if choices == now:
+        reasons = f"dtype: {dtype_reason}; attention_kernel: {kernel_reason}"
+    else:
+        reasons = "as the run's first session chose"
+    logger.info("computing with %s (%s)", choices, reasons)
     check_device(choices.device)
     return choices
+
+
+def choose_dtype(device: str) -> tuple[str, str]:
+    """What `auto` stands for on a device of this machine, and why."""
+    import torch
+
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "the GPU has bfloat16 matrix units"
+        return "float32", "the GPU has no bfloat16 matrix units"
+    # Without such instructions a bfloat16 product can be 50 times slower than a float32 one.
+    if torch.cpu._is_amx_tile_supported():
+        return "bfloat16", "the processor has AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "bfloat16", "the processor has AVX512-BF16"
+    return "float32", "the processor has neither AVX512-BF16 nor AMX"
 
 
 def check_device(device: str) -> None:
@@ -56,12 +106,16 @@ def check_device(device: str) -> None:
             )
 
 
-def set_up_torch(choices: Choices, seed: int) -> None:
-    """Make this process compute the same from the same, and seed torch's global generator."""
+def set_up_torch(choices: Choices, seed: int, compile_cache: Path) -> None:
+    """Make this process compute the same from the same, seed torch's global generator, and keep compiled code."""
     import torch
 
     # cuBLAS is deterministic only with a workspace of fixed size; read when the first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Compiled code outlives the run, and a reboot; read when torch's compiler is imported.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache))
+    # A pool of compiling processes takes longer to start than the few regions of a model take to compile.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(choices.threads)
     torch.use_deterministic_algorithms(True)
     # Deterministic mode would also fill every fresh tensor; nothing here reads memory that it has not written.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hydra.model.framework.execution import Execution
 from hydra.model.framework.initialisation import initialise
 from hydra.model.framework.model import HydraModel
 from hydra.model.framework.spec import ModelSpec
@@ -15,6 +16,7 @@ def build_model(
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    execution: Execution | None = None,
 ) -> HydraModel:
     """Build a model and initialise it; the global random state is neither read nor changed.
 
@@ -25,11 +27,12 @@ def build_model(
         spec: what to build; a mapping is what ModelSpec.to_dict gave, as a checkpoint carries it.
         seed: of the initial weights; each parameter depends on it and on the parameter's name only.
         device, dtype: where the parameters shall live, and as what.
+        execution: how to compute; left out, what runs everywhere.
     """
     if not isinstance(spec, ModelSpec):
         spec = ModelSpec.from_dict(spec)
     with torch.device("meta"):
-        model = HydraModel(spec)
+        model = HydraModel(spec, execution)
     model = model.to(dtype).to_empty(device=device)
     initialise(model, seed, spec.n_layers)
     return model

@@ -7,17 +7,15 @@ import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra.attention.base import AttentionCache
 from hydra.attention.masks import TokenHistory, build_context
+from hydra.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from hydra.model.framework.blocks import Block
+from hydra.model.framework.execution import Execution
 from hydra.model.framework.spec import ModelSpec
-
-IGNORE_INDEX = -100
-"""Target where nothing is to be predicted."""
 
 
 class ModelOutput(NamedTuple):
@@ -42,15 +40,31 @@ class ModelCache:
 class HydraModel(nn.Module):
     """Embedding, pre-norm blocks, RMSNorm, head. Build it with build_model, which also initialises it."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, execution: Execution | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.execution = execution or Execution()
+        self.is_compiled = False
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, layer_index) for layer_index in range(spec.n_layers))
         self.final_norm = nn.RMSNorm(spec.d_model, eps=spec.norm_eps)
         # A tied head is no parameter of its own, so that nothing can untie it: not to_empty, not a checkpoint.
         if not spec.tie_embeddings:
             self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
+
+    def lookup_names(self) -> frozenset[str]:
+        """Parameters that only serve as tables: no matrix product reads them, so they cost no speed in float32."""
+        return frozenset() if self.spec.tie_embeddings else frozenset({"embedding.weight"})
+
+    def compile_regions(self) -> None:
+        """Compile what is computed without a cache: each block, and the element-wise part of the loss.
+
+        All blocks share one compiled form for each of training and evaluation. Nothing happens yet: the first call of
+        a shape compiles, and graph breaks are errors.
+        """
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+        self.is_compiled = True
 
     @property
     def head_weight(self) -> Tensor:
@@ -74,18 +88,25 @@ class HydraModel(nn.Module):
         Raises:
             ConfigError: the cache is too small, or its document ids are incomplete.
         """
-        x_BTD = self.embedding(inputs_BT)
+        # The table may be in higher precision than the blocks.
+        x_BTD = self.embedding(inputs_BT).to(self.final_norm.weight.dtype)
         context = build_context(
-            x_BTD, document_ids_BT=document_ids_BT, history=None if cache is None else cache.history
+            x_BTD,
+            document_ids_BT=document_ids_BT,
+            history=None if cache is None else cache.history,
+            kernel=self.execution.attention_kernel,
         )
-        for layer_index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, context, None if cache is None else cache.layers[layer_index])
-        logits_BTV = F.linear(self.final_norm(x_BTD), self.head_weight)
+        for layer_index, block in enumerate(self.typed_blocks()):
+            block.attention.prepare(context)
+            if cache is None:
+                x_BTD = block(x_BTD, context, None)
+            else:  # past the compiled form, which is for one shape
+                x_BTD = block.forward(x_BTD, context, cache.layers[layer_index])
+        x_BTD = self.final_norm(x_BTD)
         if targets_BT is None:
-            return ModelOutput({}, None, logits_BTV)
-        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-        cross_entropy = F.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            return ModelOutput({}, None, F.linear(x_BTD, self.head_weight))
+        cross_entropy = linear_cross_entropy(
+            x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), is_compiled=self.is_compiled
         )
         return ModelOutput({"cross_entropy": cross_entropy}, (targets_BT != IGNORE_INDEX).sum(), None)
 

@@ -19,7 +19,7 @@ from hydra.attention.backends.ccgqa.spec import CCGQASpec
 from hydra.attention.base import AttentionBackend, AttentionCache, count_causal_pairs
 from hydra.attention.core import softmax_attention
 from hydra.attention.masks import AttentionContext, TokenHistory
-from hydra.layers.rotary import apply_rotary, compute_rotary
+from hydra.layers.rotary import apply_rotary
 
 # The norm is floored at 1e-12 (released code), which F.rms_norm wants as the floor of a mean square.
 NORM_EPS = 1e-24
@@ -57,18 +57,22 @@ class CompressedConvolutionalAttention(AttentionBackend):
         self.conv1 = nn.Conv1d(n_channels, n_channels, spec.conv_kernel_1, groups=spec.n_query_heads + spec.n_kv_heads)
         self.temp = nn.Parameter(torch.zeros(spec.n_kv_heads))
 
+    def prepare(self, context: AttentionContext) -> None:
+        """See AttentionBackend.prepare."""
+        context.rotary(self.spec.rotary_width, self.spec.rope_base, self.q_proj.weight.dtype)
+
     def attend(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
         """See AttentionBackend.forward."""
         assert cache is None or isinstance(cache, CCGQACache), type(cache)
         q_BTNH, k_BTKH = self.compute_queries_keys(x_BTD, context, cache)
         v_BTKH = self.compute_values(x_BTD, context, cache)
-        rotary = compute_rotary(context.positions_BT, self.spec.rotary_width, self.spec.rope_base, q_BTNH.dtype)
+        rotary = context.rotary(self.spec.rotary_width, self.spec.rope_base, q_BTNH.dtype)
         q_BNTH = apply_rotary(q_BTNH, *rotary).to(v_BTKH.dtype).transpose(1, 2)
         k_BKSH = apply_rotary(k_BTKH, *rotary).to(v_BTKH.dtype).transpose(1, 2)
         v_BKSH = v_BTKH.transpose(1, 2)
         if cache is not None:
             k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH, context.n_past)
-        out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context.mask_B1TS)
+        out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context.mask_B1TS, context.kernel)
         return self.o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
     def compute_queries_keys(

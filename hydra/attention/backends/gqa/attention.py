@@ -9,7 +9,7 @@ from hydra.attention.backends.gqa.spec import GQASpec
 from hydra.attention.base import AttentionBackend, AttentionCache, count_causal_pairs
 from hydra.attention.core import softmax_attention
 from hydra.attention.masks import AttentionContext, TokenHistory
-from hydra.layers.rotary import apply_rotary, compute_rotary
+from hydra.layers.rotary import apply_rotary
 
 
 class GroupedQueryAttention(AttentionBackend):
@@ -25,6 +25,10 @@ class GroupedQueryAttention(AttentionBackend):
         self.v_proj = nn.Linear(spec.d_model, kv_width, bias=False)
         self.o_proj = nn.Linear(spec.d_model, spec.d_model, bias=False)
 
+    def prepare(self, context: AttentionContext) -> None:
+        """See AttentionBackend.prepare."""
+        context.rotary(self.spec.head_width, self.spec.rope_base, self.q_proj.weight.dtype)
+
     def attend(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
         """See AttentionBackend.forward."""
         spec = self.spec
@@ -32,13 +36,13 @@ class GroupedQueryAttention(AttentionBackend):
         q_BTNH = self.q_proj(x_BTD).view(n_batch, n_tokens, spec.n_heads, spec.head_width)
         k_BTKH = self.k_proj(x_BTD).view(n_batch, n_tokens, spec.n_kv_heads, spec.head_width)
         v_BTKH = self.v_proj(x_BTD).view(n_batch, n_tokens, spec.n_kv_heads, spec.head_width)
-        rotary = compute_rotary(context.positions_BT, spec.head_width, spec.rope_base, q_BTNH.dtype)
+        rotary = context.rotary(spec.head_width, spec.rope_base, q_BTNH.dtype)
         q_BNTH = apply_rotary(q_BTNH, *rotary).transpose(1, 2)
         k_BKSH = apply_rotary(k_BTKH, *rotary).transpose(1, 2)
         v_BKSH = v_BTKH.transpose(1, 2)
         if cache is not None:
             k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH, context.n_past)
-        out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context.mask_B1TS)
+        out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context.mask_B1TS, context.kernel)
         return self.o_proj(out_BNTH.transpose(1, 2).reshape(n_batch, n_tokens, spec.d_model))
 
     def new_cache(self, batch_size: int, max_tokens: int, *, history: TokenHistory | None = None) -> AttentionCache:

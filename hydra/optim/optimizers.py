@@ -1,0 +1,61 @@
+"""The optimizers of a run: AdamW for everything, or Muon for the hidden matrices and AdamW for the rest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hydra.optim.groups import group_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSpec:
+    """What `build_optimizers` needs to know; rates are peaks, decay is per step times the rate."""
+
+    kind: str
+    """`adamw`, or `muon` (with AdamW for tables and vectors)."""
+    learning_rate: float
+    weight_decay: float
+    adam_betas: tuple[float, float]
+    adam_eps: float
+    muon_learning_rate: float
+    muon_momentum: float
+    muon_weight_decay: float
+
+
+def build_optimizers(named: Mapping[str, nn.Parameter], spec: OptimizerSpec) -> list[Optimizer]:
+    """Optimizers that step each of the named parameters exactly once.
+
+    AdamW: Loshchilov and Hutter, arXiv 1711.05101. Muon: Jordan et al. 2024, in torch's form; a matrix of A rows and B
+    columns is given muon_learning_rate * sqrt(max(1, A / B)), so that updates of all shapes are of one size.
+    Every group keeps its peak rate under `peak_lr`: a schedule multiplies that.
+    """
+    groups = group_parameters(named)
+    adamw: list[dict[str, Any]] = [
+        {"params": list(groups.tables.values()), "weight_decay": spec.weight_decay},
+        {"params": list(groups.vectors.values()), "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = []
+    if spec.kind == "muon":
+        optimizers.append(
+            torch.optim.Muon(
+                list(groups.hidden.values()),
+                lr=spec.muon_learning_rate,
+                weight_decay=spec.muon_weight_decay,
+                momentum=spec.muon_momentum,
+            )
+        )
+    else:
+        assert spec.kind == "adamw", spec.kind
+        adamw.append({"params": list(groups.hidden.values()), "weight_decay": spec.weight_decay})
+    adamw = [group for group in adamw if group["params"]]
+    optimizers.append(
+        torch.optim.AdamW(adamw, lr=spec.learning_rate, betas=spec.adam_betas, eps=spec.adam_eps, fused=True)
+    )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
