@@ -1,5 +1,6 @@
 """What is chosen once for a run, from `auto` and this machine, and then stays."""
 
+import ctypes
 import logging
 import os
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from hydra.errors import ConfigError
 from hydra.runtime.environment import describe_session, record_session
 
 logger = logging.getLogger(__name__)
+# glibc's malloc.h
+MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,19 @@ def check_device(device: str) -> None:
             )
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep what was freed instead of giving it back to the system, page by page, in every step.
+
+    A step frees and takes the same activations again. By default glibc maps each large one anew, and the page faults
+    take about a sixth of a step (measured: 12 M parameters, 4,096 tokens). Where the C library is another, nothing
+    happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MALLOPT_MMAP_THRESHOLD, 2**30)
+        mallopt(MALLOPT_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def set_up_torch(choices: Choices, seed: int, compile_cache: Path) -> None:
     """Make this process compute the same from the same, seed torch's global generator, and keep compiled code."""
     import torch
@@ -116,6 +132,7 @@ def set_up_torch(choices: Choices, seed: int, compile_cache: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache))
     # A pool of compiling processes takes longer to start than the few regions of a model take to compile.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    keep_freed_memory()
     torch.set_num_threads(choices.threads)
     torch.use_deterministic_algorithms(True)
     # Deterministic mode would also fill every fresh tensor; nothing here reads memory that it has not written.

@@ -57,13 +57,14 @@ class HydraModel(nn.Module):
         return frozenset() if self.spec.tie_embeddings else frozenset({"embedding.weight"})
 
     def compile_regions(self) -> None:
-        """Compile what is computed without a cache: each block, and the element-wise part of the loss.
+        """Compile what is computed without a cache: each block, the last norm, and the element-wise part of the loss.
 
         All blocks share one compiled form for each of training and evaluation. Nothing happens yet: the first call of
         a shape compiles, and graph breaks are errors.
         """
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
+        self.final_norm.compile(fullgraph=True, dynamic=False)
         self.is_compiled = True
 
     @property
@@ -102,7 +103,7 @@ class HydraModel(nn.Module):
                 x_BTD = block(x_BTD, context, None)
             else:  # past the compiled form, which is for one shape
                 x_BTD = block.forward(x_BTD, context, cache.layers[layer_index])
-        x_BTD = self.final_norm(x_BTD)
+        x_BTD = self.final_norm(x_BTD) if cache is None else self.final_norm.forward(x_BTD)
         if targets_BT is None:
             return ModelOutput({}, None, F.linear(x_BTD, self.head_weight))
         cross_entropy = linear_cross_entropy(
