@@ -1,1 +1,1 @@
-"""Modules that several parts share: rotary embedding, feed-forward networks. Norms are torch.nn.RMSNorm."""
+"""Modules that several parts share: rotary embedding, feed-forward networks, norms."""

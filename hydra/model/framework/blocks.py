@@ -9,6 +9,7 @@ from hydra.attention import build_attention
 from hydra.attention.base import AttentionCache
 from hydra.attention.masks import AttentionContext
 from hydra.layers.feed_forward import SquaredReLU, SwiGLU
+from hydra.layers.norms import RMSNorm
 from hydra.model.framework.spec import ModelSpec
 
 FEED_FORWARD_CLASSES: dict[str, type[SwiGLU] | type[SquaredReLU]] = {"squared_relu": SquaredReLU, "swiglu": SwiGLU}
@@ -19,7 +20,7 @@ class Block(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer_index: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(spec.d_model, eps=spec.norm_eps)
+        self.attention_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
         self.attention = build_attention(
             spec.attention,
             d_model=spec.d_model,
@@ -28,7 +29,7 @@ class Block(nn.Module):
             n_layers=spec.n_layers,
             **spec.attention_options,
         )
-        self.feed_forward_norm = nn.RMSNorm(spec.d_model, eps=spec.norm_eps)
+        self.feed_forward_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
         self.feed_forward = FEED_FORWARD_CLASSES[spec.feed_forward](spec.d_model, spec.d_feed_forward)
 
     def forward(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:

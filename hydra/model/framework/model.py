@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hydra.attention.base import AttentionCache
 from hydra.attention.masks import TokenHistory, build_context
 from hydra.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from hydra.layers.norms import RMSNorm
 from hydra.model.framework.blocks import Block
 from hydra.model.framework.execution import Execution
 from hydra.model.framework.spec import ModelSpec
@@ -47,7 +48,7 @@ class HydraModel(nn.Module):
         self.is_compiled = False
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, layer_index) for layer_index in range(spec.n_layers))
-        self.final_norm = nn.RMSNorm(spec.d_model, eps=spec.norm_eps)
+        self.final_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
         # A tied head is no parameter of its own, so that nothing can untie it: not to_empty, not a checkpoint.
         if not spec.tie_embeddings:
             self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)
