@@ -14,7 +14,7 @@ from hydra.errors import ConfigError
 KERNELS = ("scaled_dot_product", "blocked")
 """`scaled_dot_product`: torch's own choice of implementation. `blocked`: matrix products over blocks of queries."""
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 64
 """Queries of a block: it skips the keys after its last query, and larger blocks skip fewer."""
 MAX_BLOCKED_TOKENS = 1024
 """`blocked` keeps a score for every visible pair until the backward pass; beyond this length that is too much."""

@@ -43,9 +43,7 @@ def chunk_length(vocab_size: int) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, is_compiled: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, is_compiled: bool) -> Tensor:
         compute_dtype = torch.promote_types(x_XD.dtype, torch.float32)
         loss = torch.zeros((), dtype=compute_dtype, device=x_XD.device)
         needs_grad = any(ctx.needs_input_grad)
@@ -74,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None, None)
 
 
