@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,6 +64,8 @@ class HydraModel(nn.Module):
         All blocks share one compiled form for each of training and evaluation. Nothing happens yet: the first call of
         a shape compiles, and graph breaks are errors.
         """
+        # Each shape of each model that a process builds is a form of the same code; torch expects fewer.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
         self.final_norm.compile(fullgraph=True, dynamic=False)

@@ -1,4 +1,4 @@
-"""Schedules at their corners, and each parameter in exactly one group."""
+"""Schedules at their corners, each parameter in one group and stepped once, masters that lose nothing."""
 
 import itertools
 
@@ -8,8 +8,11 @@ from torch import nn
 
 from hydra.errors import CheckpointError
 from hydra.optim import (
-    build_parameter_groups,
+    MasterWeights,
+    OptimizerSpec,
+    build_optimizers,
     cosine,
+    group_parameters,
     load_optimizer_tensors,
     optimizer_tensors,
     warmup_stable_decay,
@@ -47,34 +50,141 @@ def test_cosine_corners() -> None:
     assert cosine(0, **shape) == pytest.approx(1 / 11)
 
 
+def tiny_model() -> nn.Module:
+    model = nn.Module()
+    model.embedding = nn.Embedding(7, 4)
+    model.blocks = nn.ModuleList([nn.Linear(4, 8), nn.Conv1d(4, 4, 2), nn.Linear(8, 4, bias=False)])
+    model.head = nn.Linear(4, 7, bias=False)
+    return model
+
+
+def spec(kind: str) -> OptimizerSpec:
+    return OptimizerSpec(
+        kind=kind,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        adam_betas=(0.9, 0.95),
+        adam_eps=1e-8,
+        muon_learning_rate=2e-2,
+        muon_momentum=0.95,
+        muon_weight_decay=0.01,
+    )
+
+
+def backward(model: nn.Module, seed: int) -> None:
+    """Give every parameter a gradient, the same for the same seed, through a loss that uses all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = sum(
+        (parameter.float() * torch.randn(parameter.shape, generator=generator)).sum()
+        for _, parameter in sorted(model.named_parameters())
+    )
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+
+
 def test_each_parameter_is_in_exactly_one_group() -> None:
-    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 7, bias=False))
-    model[3].weight = model[0].weight  # a tied head counts once
-    decayed, plain = build_parameter_groups(model, weight_decay=0.1)
-    assert [decayed["weight_decay"], plain["weight_decay"]] == [0.1, 0.0]
-    grouped = [*decayed["params"], *plain["params"]]
+    model = tiny_model()
+    groups = group_parameters(dict(model.named_parameters()))
+    assert set(groups.hidden) == {"blocks.0.weight", "blocks.2.weight"}
+    assert set(groups.tables) == {"embedding.weight", "head.weight", "blocks.1.weight"}
+    assert set(groups.vectors) == {"blocks.0.bias", "blocks.1.bias"}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizers_step_each_parameter_once(kind: str) -> None:
+    model = tiny_model()
+    optimizers = build_optimizers(dict(model.named_parameters()), spec(kind))
+    grouped = [
+        parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    ]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
-    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
-    assert {id(parameter) for parameter in plain["params"]} == {id(model[1].bias), *map(id, model[2].parameters())}
-    torch.optim.AdamW([decayed, plain], lr=1e-3)
+    by_class = {type(optimizer): optimizer for optimizer in optimizers}
+    assert set(by_class) == ({torch.optim.AdamW} if kind == "adamw" else {torch.optim.AdamW, torch.optim.Muon})
+    for group in by_class[torch.optim.AdamW].param_groups:
+        assert group["peak_lr"] == 1e-2
+        assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.1}
+    if kind == "muon":
+        (hidden,) = by_class[torch.optim.Muon].param_groups
+        assert (hidden["peak_lr"], hidden["weight_decay"], hidden["momentum"]) == (2e-2, 0.01, 0.95)
+
+
+def test_muon_moves_every_direction_alike() -> None:
+    """Jordan et al. 2024: the update is the gradient with its singular values drawn to 1."""
+    model = tiny_model()
+    optimizers = build_optimizers(dict(model.named_parameters()), spec("muon"))
+    before = model.blocks[2].weight.detach().clone()
+    model.blocks[2].weight.grad = torch.diag(torch.tensor([9.0, 3.0, 1.0, 0.5])) @ torch.eye(4, 8)
+    for optimizer in optimizers:
+        optimizer.step()
+    update = (before * (1 - 2e-2 * 0.01) - model.blocks[2].weight.detach()) / 2e-2
+    singular_values = torch.linalg.svdvals(update)
+    assert singular_values.min() > 0.6
+    assert singular_values.max() < 1.3
 
 
 def test_optimizer_state_goes_round_and_must_fit() -> None:
-    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
-        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    def build() -> tuple[dict[str, nn.Parameter], list[torch.optim.Optimizer]]:
+        model = tiny_model()
+        named = dict(model.named_parameters())
+        optimizers = build_optimizers(named, spec("muon"))
+        return named, optimizers
 
-    model, optimizer = build()
-    for _ in range(3):
-        model(torch.ones(4, 3)).sum().backward()
-        optimizer.step()
-    tensors = optimizer_tensors(model, optimizer)
-    other_model, other_optimizer = build()
-    load_optimizer_tensors(other_model, other_optimizer, tensors)
-    other_tensors = optimizer_tensors(other_model, other_optimizer)
+    named, optimizers = build()
+    for seed in range(3):
+        for parameter in named.values():
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        for optimizer in optimizers:
+            optimizer.step()
+    tensors = optimizer_tensors(named, optimizers)
+    assert "blocks.0.weight/momentum_buffer" in tensors
+    assert "head.weight/exp_avg_sq" in tensors
+    others = build()
+    load_optimizer_tensors(*others, tensors)
+    other_tensors = optimizer_tensors(*others)
     assert other_tensors.keys() == tensors.keys()
     assert all(torch.equal(other_tensors[key], tensor) for key, tensor in tensors.items())
-    incomplete = {key: tensor for key, tensor in tensors.items() if key != "0.bias/exp_avg"}
-    for wrong in (incomplete, {**tensors, "2.weight/exp_avg": torch.ones(1)}):
+    incomplete = {key: tensor for key, tensor in tensors.items() if key != "head.weight/exp_avg"}
+    for wrong in (incomplete, {**tensors, "other.weight/exp_avg": torch.ones(1)}):
         with pytest.raises(CheckpointError, match="names do not"):
-            load_optimizer_tensors(other_model, other_optimizer, wrong)
+            load_optimizer_tensors(*build(), wrong)
+
+
+def test_masters_keep_what_bfloat16_would_lose() -> None:
+    model = tiny_model()
+    exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    masters = MasterWeights(model, torch.bfloat16, frozenset({"embedding.weight"}))
+    assert {name for name, p in model.named_parameters() if p.dtype == torch.float32} == {"embedding.weight"}
+    assert masters.named["embedding.weight"] is model.embedding.weight
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in masters.state_dict().items())
+    # An update far below bfloat16's resolution of a weight of 1, many times over.
+    with torch.no_grad():
+        masters.named["head.weight"].fill_(1.0)
+        for _ in range(1000):
+            masters.named["head.weight"] += 1e-4
+        masters.publish()
+    assert model.head.weight.dtype == torch.bfloat16
+    assert model.head.weight[0, 0].item() == pytest.approx(1.1, rel=2**-8)
+    other = MasterWeights(tiny_model(), torch.bfloat16, frozenset({"embedding.weight"}))
+    other.load_state_dict(masters.state_dict())
+    assert all(torch.equal(other.named[name], tensor) for name, tensor in masters.state_dict().items())
+
+
+def test_gradients_of_micro_batches_add_up_in_float32() -> None:
+    model, reference = tiny_model(), tiny_model()
+    masters = MasterWeights(model, torch.bfloat16, frozenset())
+    for seed in range(8):
+        backward(model, seed)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        backward(reference, seed)
+    for name, parameter in reference.named_parameters():
+        grad = masters.named[name].grad
+        assert grad is not None
+        assert grad.dtype == torch.float32
+        # Each addend is rounded to bfloat16 once, its sum is not.
+        assert (grad - parameter.grad).abs().max() < 8 * 4.0 * 2**-9, name
+
+
+def test_float32_parameters_are_their_own_masters() -> None:
+    model = tiny_model()
+    masters = MasterWeights(model, torch.float32, frozenset())
+    assert all(masters.named[name] is parameter for name, parameter in model.named_parameters())

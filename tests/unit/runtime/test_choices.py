@@ -7,16 +7,50 @@ import torch
 
 from hydra.errors import ConfigError
 from hydra.runtime import paths
-from hydra.runtime.choices import check_device, choose_once
+from hydra.runtime.choices import check_device, choose_dtype, choose_once
 
 
 def test_the_first_session_decides_and_every_session_is_recorded(tmp_path: Path) -> None:
-    first = choose_once(tmp_path, device="cpu", threads=1)
-    again = choose_once(tmp_path, device="auto", threads=0)
+    first = choose_once(tmp_path, device="cpu", threads=1, dtype="float32", attention_kernel="blocked")
+    again = choose_once(tmp_path, device="auto", threads=0, dtype="bfloat16", attention_kernel="scaled_dot_product")
     assert again == first
     environment = paths.read_json(tmp_path / paths.ENVIRONMENT)
-    assert environment["resolved"] == {"device": "cpu", "threads": 1}
+    expected = {"device": "cpu", "threads": 1, "dtype": "float32", "attention_kernel": "blocked"}
+    assert environment["resolved"] == expected
     assert [session["packages"]["torch"] for session in environment["sessions"]] == [torch.__version__] * 2
+
+
+def test_auto_is_resolved_and_the_reason_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        choices = choose_once(
+            tmp_path,
+            device="cpu",
+            threads=0,
+            dtype="auto",
+            attention_kernel="auto",
+            choose_attention_kernel=lambda device: (f"kernel of {device}", "it was made for it"),
+        )
+    assert choices.attention_kernel == "kernel of cpu"
+    assert choices.dtype == choose_dtype("cpu")[0]
+    assert "it was made for it" in caplog.text
+    assert choose_dtype("cpu")[1] in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "dtype"),
+    [(True, True, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")],
+)
+def test_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch, amx: bool, avx512_bf16: bool, dtype: str) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert choose_dtype("cpu")[0] == dtype
+
+
+def test_runs_of_before_go_on_as_they_began(tmp_path: Path) -> None:
+    """Their environment.json names neither dtype nor kernel: there was one of each."""
+    paths.write_json(tmp_path / paths.ENVIRONMENT, {"resolved": {"device": "cpu", "threads": 3}, "sessions": []})
+    choices = choose_once(tmp_path, device="auto", threads=0, dtype="auto", attention_kernel="blocked")
+    assert (choices.threads, choices.dtype, choices.attention_kernel) == (3, "float32", "scaled_dot_product")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

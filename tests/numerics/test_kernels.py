@@ -1,0 +1,141 @@
+"""Fast operators against their slow references: outputs and every gradient, at odd lengths, in NaN-poisoned memory."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hydra.attention.core import KERNELS, QUERY_BLOCK, choose_kernel, softmax_attention
+from hydra.attention.masks import causal_mask, to_additive
+from hydra.errors import ConfigError
+from hydra.kernels.linear_cross_entropy import IGNORE_INDEX, MAX_LOGITS, chunk_length, linear_cross_entropy
+from hydra.kernels.reference import linear_cross_entropy as reference
+from hydra.testing.poison import nan_poisoned_memory  # noqa: F401
+from hydra.testing.specs import document_ids, random_activations
+from hydra.testing.tolerances import assert_close
+
+pytestmark = pytest.mark.usefixtures("nan_poisoned_memory")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def slow_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_TS: Tensor) -> Tensor:
+    """The formula in float64, keys and values repeated for their group of queries."""
+    group = q_BNTH.shape[1] // k_BKSH.shape[1]
+    k_BNSH, v_BNSH = (x.double().repeat_interleave(group, dim=1) for x in (k_BKSH, v_BKSH))
+    scores = q_BNTH.double() @ k_BNSH.transpose(2, 3) / q_BNTH.shape[3] ** 0.5
+    return (scores + mask_TS).softmax(-1) @ v_BNSH
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("n_queries", "n_keys"),
+    [(1, 1), (1, 9), (5, 5), (3, 8), (QUERY_BLOCK, QUERY_BLOCK), (QUERY_BLOCK + 1, QUERY_BLOCK + 1), (70, 150)],
+)
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_attention_kernels(
+    kernel: str, documents: bool, n_queries: int, n_keys: int, n_kv_heads: int, dtype: torch.dtype
+) -> None:
+    q = random_activations(2, 4, n_queries, 6, dtype=dtype)
+    k, v = (random_activations(2, n_kv_heads, n_keys, 6, dtype=dtype, seed=seed) for seed in (1, 2))
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    is_visible_TS, mask = causal_mask(n_queries, n_keys, torch.device("cpu")), None
+    if documents:
+        ids_BS = document_ids(n_keys - n_keys // 3, n_keys // 3)
+        is_visible_TS = is_visible_TS & (ids_BS[:, -n_queries:, None] == ids_BS[:, None, :])[0]
+        mask = to_additive(is_visible_TS, dtype).expand(2, 1, -1, -1)
+    weight = random_activations(2, 4, n_queries, 6, dtype=dtype, seed=3)
+
+    out = softmax_attention(*inputs, mask, kernel)
+    grads = torch.autograd.grad((out * weight).sum(), inputs)
+    expected = slow_attention(*inputs, to_additive(is_visible_TS, torch.float64))
+    expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
+
+    assert out.dtype == dtype
+    assert_close(out, expected, dtype, "outputs")
+    for name, grad, expected_grad in zip("qkv", grads, expected_grads, strict=True):
+        if n_keys == 1 and name in "qk":
+            assert grad.abs().max() < 1e-5  # one key gets all the weight, whatever its score
+        elif dtype == torch.bfloat16 and n_queries == 1:
+            assert grad.isfinite().all()  # a norm over so few rounded numbers says little
+        else:
+            assert_close(grad, expected_grad, dtype, name)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_row_that_sees_nothing_gives_zeros_and_no_gradient(kernel: str) -> None:
+    inputs = [random_activations(1, 2, 5, 4, seed=seed).requires_grad_() for seed in range(3)]
+    is_visible = torch.ones(5, 5, dtype=torch.bool).tril()
+    is_visible[2] = False
+    out = softmax_attention(*inputs, to_additive(is_visible, torch.float64)[None, None], kernel)
+    assert out[:, :, 2].abs().max() == 0
+    grads = torch.autograd.grad(out.square().sum(), inputs)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[0][:, :, 2].abs().max() == 0
+
+
+def test_an_unknown_kernel_is_named() -> None:
+    q = random_activations(1, 1, 2, 4)
+    with pytest.raises(ConfigError, match="blocked, but got 'fast'"):
+        softmax_attention(q, q, q, None, "fast")
+
+
+def test_auto_takes_the_kernel_for_the_device() -> None:
+    assert choose_kernel("cpu", 256)[0] == "blocked"
+    assert choose_kernel("cpu", 100_000)[0] == "scaled_dot_product"
+    assert choose_kernel("cuda", 256)[0] == "scaled_dot_product"
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Shapes compiled by other tests do not count towards the limit of a function's compiled forms."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("chunks", [0.4, 1.0, 2.3])
+def test_linear_cross_entropy(chunks: float, is_compiled: bool, dtype: torch.dtype) -> None:
+    """One chunk, exactly one, and several with a ragged end; some targets are to be left out."""
+    n_vocab = MAX_LOGITS // 256
+    n_tokens = int(chunks * chunk_length(n_vocab))
+    x_XD = random_activations(n_tokens, 16, dtype=dtype).requires_grad_()
+    weight_VD = random_activations(n_vocab, 16, dtype=dtype, seed=1).requires_grad_()
+    targets_X = torch.randint(n_vocab, (n_tokens,), generator=torch.Generator().manual_seed(2))
+    targets_X[3:20] = IGNORE_INDEX
+
+    loss = linear_cross_entropy(x_XD, weight_VD, targets_X, is_compiled)
+    grads = torch.autograd.grad(0.01 * loss, [x_XD, weight_VD])
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x_XD, weight_VD)]
+    expected = reference.linear_cross_entropy(*exact, targets_X)
+    expected_grads = torch.autograd.grad(0.01 * expected, exact)
+
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(loss, expected, dtype, "loss")
+    for name, grad, expected_grad in zip(("x", "weight"), grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, dtype, name)
+    assert grads[0][3:20].abs().max() == 0
+    with torch.no_grad():
+        assert_close(linear_cross_entropy(x_XD, weight_VD, targets_X, is_compiled), expected, dtype, "loss alone")
+
+
+def test_linear_cross_entropy_never_holds_all_logits() -> None:
+    """Peak of what is allocated while it runs, against the size of the logits in their own dtype."""
+    n_tokens, n_vocab = 4096, 8192
+    x_XD = random_activations(n_tokens, 16, dtype=torch.bfloat16).requires_grad_()
+    weight_VD = random_activations(n_vocab, 16, dtype=torch.bfloat16, seed=1).requires_grad_()
+    targets_X = torch.randint(n_vocab, (n_tokens,))
+    with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
+        linear_cross_entropy(x_XD, weight_VD, targets_X).backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 2 * 4 * chunk_length(n_vocab) * n_vocab < 2 * n_tokens * n_vocab
+
+
+def test_linear_cross_entropy_of_nothing_is_zero() -> None:
+    x_XD, weight_VD = random_activations(5, 4).requires_grad_(), random_activations(7, 4).requires_grad_()
+    loss = linear_cross_entropy(x_XD, weight_VD, torch.full((5,), IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert x_XD.grad is not None
+    assert x_XD.grad.abs().max() == 0
