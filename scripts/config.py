@@ -83,6 +83,10 @@ class TrainingConfig:
     """Inner width of the feed-forward layer, in channels."""
     tie_embeddings: bool = False
     """Whether the output head shares the embedding's weights."""
+    zero_init: bool = False
+    """Whether what adds to the residual stream starts at zero (Yang et al., arXiv 2203.03466, D.2), not at random."""
+    embedding_skip: bool = False
+    """Whether each block mixes the token's embedding into its input by two learned scalars (modded-nanogpt 2024)."""
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-6
     """Added to the mean square inside RMSNorm."""
 
@@ -255,6 +259,8 @@ class TrainingConfig:
             d_feed_forward=self.d_feed_forward,
             tie_embeddings=self.tie_embeddings,
             norm_eps=self.norm_eps,
+            zero_init=self.zero_init,
+            embedding_skip=self.embedding_skip,
         )
 
     def optimizer_spec(self) -> "OptimizerSpec":
@@ -317,6 +323,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 # Fields that came later, with the values under which a run of before computes as it did.
 ADDED_LATER: Mapping[str, object] = {
+    "zero_init": False,
+    "embedding_skip": False,
     "optimizer": "adamw",
     "muon_learning_rate": 0.02,
     "muon_momentum": 0.95,

@@ -34,5 +34,5 @@ def build_model(
     with torch.device("meta"):
         model = HydraModel(spec, execution)
     model = model.to(dtype).to_empty(device=device)
-    initialise(model, seed, spec.n_layers)
+    initialise(model, seed, spec)
     return model

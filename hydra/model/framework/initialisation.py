@@ -1,8 +1,8 @@
 """How every parameter starts: one table, each parameter matched by exactly one row.
 
 A parameter's first values depend on the seed and its name, never on the order of construction, the device, or what else
-the model holds. Standard deviation 0.02, and 0.02 / sqrt(2 L) for what adds to the residual stream of L layers (GPT-2);
-convolutions 0.02 with bias 0 as in the released ZAYA code; the temperature exp(temp) of ccgqa starts at 1.
+the model holds. Standard deviation 0.02, and for what adds to the residual stream of L layers 0.02 / sqrt(2 L) (GPT-2)
+or zero; convolutions 0.02 with bias 0 as in the released ZAYA code; the temperature exp(temp) of ccgqa starts at 1.
 """
 
 import hashlib
@@ -13,28 +13,38 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hydra.model.framework.spec import ModelSpec
+
 STANDARD_DEVIATION = 0.02
 
-Rule = Callable[[Tensor, torch.Generator, int], None]
-"""Fills a float32 CPU tensor, given the parameter's generator and the number of layers."""
+Rule = Callable[[Tensor, torch.Generator, ModelSpec], None]
+"""Fills a float32 CPU tensor, given the parameter's generator and what the model is."""
 
 
-def fill_normal(values: Tensor, generator: torch.Generator, n_layers: int) -> None:
+def fill_normal(values: Tensor, generator: torch.Generator, spec: ModelSpec) -> None:
     """Normal with the standard deviation of the file."""
     values.normal_(0.0, STANDARD_DEVIATION, generator=generator)
 
 
-def fill_normal_residual(values: Tensor, generator: torch.Generator, n_layers: int) -> None:
-    """Normal, scaled down so that the residual stream's variance does not grow with depth."""
-    values.normal_(0.0, STANDARD_DEVIATION / math.sqrt(2 * n_layers), generator=generator)
+def fill_residual(values: Tensor, generator: torch.Generator, spec: ModelSpec) -> None:
+    """Zeros if the spec says so; else normal, scaled down so that the stream's variance does not grow with depth."""
+    if spec.zero_init:
+        values.zero_()
+    else:
+        values.normal_(0.0, STANDARD_DEVIATION / math.sqrt(2 * spec.n_layers), generator=generator)
 
 
-def fill_zeros(values: Tensor, generator: torch.Generator, n_layers: int) -> None:
+def fill_skip(values: Tensor, generator: torch.Generator, spec: ModelSpec) -> None:
+    """All of the stream, none of the embedding."""
+    values.copy_(torch.tensor([1.0, 0.0]))
+
+
+def fill_zeros(values: Tensor, generator: torch.Generator, spec: ModelSpec) -> None:
     """Zeros."""
     values.zero_()
 
 
-def fill_ones(values: Tensor, generator: torch.Generator, n_layers: int) -> None:
+def fill_ones(values: Tensor, generator: torch.Generator, spec: ModelSpec) -> None:
     """Ones."""
     values.fill_(1.0)
 
@@ -43,14 +53,15 @@ INITIALISATION: tuple[tuple[str, Rule], ...] = (
     (r"embedding\.weight", fill_normal),
     (r"head\.weight", fill_normal),
     (r"final_norm\.weight", fill_ones),
+    (r"blocks\.\d+\.skip_mix", fill_skip),
     (r"blocks\.\d+\.(attention|feed_forward)_norm\.weight", fill_ones),
     (r"blocks\.\d+\.attention\.(q|k|v|v_previous)_proj\.weight", fill_normal),
-    (r"blocks\.\d+\.attention\.o_proj\.weight", fill_normal_residual),
+    (r"blocks\.\d+\.attention\.o_proj\.weight", fill_residual),
     (r"blocks\.\d+\.attention\.conv[01]\.weight", fill_normal),
     (r"blocks\.\d+\.attention\.conv[01]\.bias", fill_zeros),
     (r"blocks\.\d+\.attention\.temp", fill_zeros),
     (r"blocks\.\d+\.feed_forward\.(gate|up)\.weight", fill_normal),
-    (r"blocks\.\d+\.feed_forward\.down\.weight", fill_normal_residual),
+    (r"blocks\.\d+\.feed_forward\.down\.weight", fill_residual),
 )
 
 
@@ -68,9 +79,9 @@ def build_generator(seed: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, n_layers: int) -> None:
+def initialise(model: nn.Module, seed: int, spec: ModelSpec) -> None:
     """Fill every parameter of the model by its rule. Drawn in float32 on the CPU, then rounded and moved."""
     for name, parameter in model.named_parameters():
         values = torch.empty(parameter.shape, dtype=torch.float32)
-        find_rule(name)(values, build_generator(seed, name), n_layers)
+        find_rule(name)(values, build_generator(seed, name), spec)
         parameter.copy_(values)

@@ -94,7 +94,7 @@ class HydraModel(nn.Module):
             ConfigError: the cache is too small, or its document ids are incomplete.
         """
         # The table may be in higher precision than the blocks.
-        x_BTD = self.embedding(inputs_BT).to(self.final_norm.weight.dtype)
+        embedded_BTD = x_BTD = self.embedding(inputs_BT).to(self.final_norm.weight.dtype)
         context = build_context(
             x_BTD,
             document_ids_BT=document_ids_BT,
@@ -104,9 +104,9 @@ class HydraModel(nn.Module):
         for layer_index, block in enumerate(self.typed_blocks()):
             block.attention.prepare(context)
             if cache is None:
-                x_BTD = block(x_BTD, context, None)
+                x_BTD = block(x_BTD, embedded_BTD, context, None)
             else:  # past the compiled form, which is for one shape
-                x_BTD = block.forward(x_BTD, context, cache.layers[layer_index])
+                x_BTD = block.forward(x_BTD, embedded_BTD, context, cache.layers[layer_index])
         x_BTD = self.final_norm(x_BTD) if cache is None else self.final_norm.forward(x_BTD)
         if targets_BT is None:
             return ModelOutput({}, None, F.linear(x_BTD, self.head_weight))

@@ -3,6 +3,7 @@
 B batch, T new tokens, S tokens so far, D model width, N query heads, K key/value heads, H head width.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra.attention.backends.gqa.spec import GQASpec
@@ -11,9 +12,14 @@ from hydra.attention.core import softmax_attention
 from hydra.attention.masks import AttentionContext, TokenHistory
 from hydra.layers.rotary import apply_rotary
 
+NORM_EPS = 1e-6
+
 
 class GroupedQueryAttention(AttentionBackend):
-    """softmax(q k^T / sqrt(H)) v with rotary q, k; query head n reads key/value head n // (N / K). No biases."""
+    """softmax(q k^T / sqrt(H)) v with rotary q, k; query head n reads key/value head n // (N / K). No biases.
+
+    With qk_norm, q and k are divided by their root mean square over each head first, so that scores stay below sqrt(H).
+    """
 
     spec: GQASpec
 
@@ -36,6 +42,9 @@ class GroupedQueryAttention(AttentionBackend):
         q_BTNH = self.q_proj(x_BTD).view(n_batch, n_tokens, spec.n_heads, spec.head_width)
         k_BTKH = self.k_proj(x_BTD).view(n_batch, n_tokens, spec.n_kv_heads, spec.head_width)
         v_BTKH = self.v_proj(x_BTD).view(n_batch, n_tokens, spec.n_kv_heads, spec.head_width)
+        if spec.qk_norm:
+            q_BTNH = F.rms_norm(q_BTNH, (spec.head_width,), eps=NORM_EPS)
+            k_BTKH = F.rms_norm(k_BTKH, (spec.head_width,), eps=NORM_EPS)
         rotary = context.rotary(spec.head_width, spec.rope_base, q_BTNH.dtype)
         q_BNTH = apply_rotary(q_BTNH, *rotary).transpose(1, 2)
         k_BKSH = apply_rotary(k_BTKH, *rotary).transpose(1, 2)

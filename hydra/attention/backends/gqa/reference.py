@@ -38,6 +38,8 @@ def compute_row(weights: Mapping[str, Tensor], spec: GQASpec, x_TD: Tensor, ids:
     q_TNH = (x_TD @ weights["q_proj.weight"].T).view(n_tokens, spec.n_heads, width)
     k_TKH = (x_TD @ weights["k_proj.weight"].T).view(n_tokens, spec.n_kv_heads, width)
     v_TKH = (x_TD @ weights["v_proj.weight"].T).view(n_tokens, spec.n_kv_heads, width)
+    if spec.qk_norm:
+        q_TNH, k_TKH = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (q_TNH, k_TKH))
     outputs = []
     for t in range(n_tokens):
         visible = [s for s in range(t + 1) if ids[s] == ids[t]]

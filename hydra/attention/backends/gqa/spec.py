@@ -16,17 +16,21 @@ class GQASpec(AttentionSpec):
     """Key/value heads K; must divide n_heads. n_heads is multi-head, 1 is multi-query attention."""
     rope_base: float
     """Theta of the rotary embedding."""
+    qk_norm: bool
+    """Whether each head's query and key get norm sqrt(H) before rotation (Henry et al., arXiv 2010.04245)."""
 
     @classmethod
     def default_options(cls, n_heads: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """A quarter of the heads (rounded down to a divisor) and the rotary base of the paper."""
-        return {"n_kv_heads": largest_divisor(n_heads, n_heads // 4), "rope_base": 10000.0}
+        return {"n_kv_heads": largest_divisor(n_heads, n_heads // 4), "rope_base": 10000.0, "qk_norm": False}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("n_kv_heads", self.n_kv_heads)
         check_divides("n_kv_heads", self.n_kv_heads, "n_heads", self.n_heads)
         check_float("rope_base", self.rope_base, above=1.0)
+        if type(self.qk_norm) is not bool:
+            raise ConfigError(f"qk_norm must be True or False, but got qk_norm={self.qk_norm!r}; correct qk_norm")
         if self.head_width % 2:
             raise ConfigError(
                 f"d_model / n_heads must be even for the rotary embedding, but got d_model={self.d_model} and "

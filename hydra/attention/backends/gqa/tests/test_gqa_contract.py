@@ -31,5 +31,9 @@ class TestMultiHead(TestGroupedQuery):
     options: ClassVar[dict[str, Any]] = {"n_kv_heads": 8}
 
 
+class TestNormalised(TestGroupedQuery):
+    options: ClassVar[dict[str, Any]] = {"n_kv_heads": 2, "qk_norm": True}
+
+
 class TestMultiQuery(TestGroupedQuery):
     options: ClassVar[dict[str, Any]] = {"n_kv_heads": 1}

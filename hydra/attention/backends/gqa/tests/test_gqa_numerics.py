@@ -16,8 +16,9 @@ LENGTHS = [(1,), (7,), (13,), (5, 1, 7)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_layer_equals_reference(lengths: tuple[int, ...], n_kv_heads: int, dtype: torch.dtype) -> None:
-    layer = build_random_layer("gqa", 24, 4, dtype, n_kv_heads=n_kv_heads, rope_base=300.0)
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
+def test_layer_equals_reference(qk_norm: bool, lengths: tuple[int, ...], n_kv_heads: int, dtype: torch.dtype) -> None:
+    layer = build_random_layer("gqa", 24, 4, dtype, n_kv_heads=n_kv_heads, rope_base=300.0, qk_norm=qk_norm)
     assert isinstance(layer.spec, GQASpec)
     ids_BT = document_ids(*lengths).expand(2, -1) if len(lengths) > 1 else None
     x_BTD = random_activations(2, sum(lengths), 24, dtype=dtype).requires_grad_()
