@@ -203,6 +203,7 @@ class Trainer:
         """From the step that the config names on, whatever session comes to it, blocks run as compiled code."""
         compile_from = self.config.compile_from_step
         if compile_from is not None and self.step >= compile_from and not self.model.is_compiled:
+            torch.use_deterministic_algorithms(True)  # once more, now for the compiler
             self.model.compile_regions()
 
     def _evaluate_if_due(self) -> None:

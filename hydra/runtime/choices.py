@@ -134,7 +134,9 @@ def set_up_torch(choices: Choices, seed: int, compile_cache: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     keep_freed_memory()
     torch.set_num_threads(choices.threads)
-    torch.use_deterministic_algorithms(True)
+    # torch.use_deterministic_algorithms does this and tells torch's compiler, whose import takes a second: that is left
+    # for whoever compiles.
+    torch._C._set_deterministic_algorithms(True)
     # Deterministic mode would also fill every fresh tensor; nothing here reads memory that it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)

@@ -28,6 +28,14 @@ LONG = {
     "eval_every": 50,
     "log_every": 3,
 }
+# Compiled code takes over in the middle of the run; kills come before and after.
+FAST = {
+    **LONG,
+    "optimizer": "muon",
+    "dtype": "bfloat16",
+    "attention_kernel": "blocked",
+    "compile_from_step": 30,
+}
 
 
 def finish(start_trainer: StartTrainer, run_dir: Path) -> None:
@@ -43,15 +51,22 @@ def uninterrupted(make_run: MakeRun, start_trainer: StartTrainer) -> Path:
     return run_dir
 
 
+@pytest.mark.parametrize("path", ["plain", "fast"])
 def test_killed_at_random_moments(
+    path: str,
     make_run: MakeRun,
     start_trainer: StartTrainer,
-    uninterrupted: Path,
+    request: pytest.FixtureRequest,
     weights_hash: Callable[[Path], str],
     figures: Callable[[Path], list[dict[str, object]]],
     moments: random.Random,
 ) -> None:
-    run_dir = make_run("killed", **LONG)
+    if path == "plain":
+        uninterrupted = request.getfixturevalue("uninterrupted")
+    else:
+        uninterrupted = make_run("uninterrupted", **FAST)
+        finish(start_trainer, uninterrupted)
+    run_dir = make_run("killed", **(LONG if path == "plain" else FAST))
     for kill in range(6):
         process = start_trainer(run_dir)
         if kill % 2:
