@@ -276,8 +276,9 @@ class Trainer:
             device=self.device,
             execution=Execution(attention_kernel=choices.attention_kernel),
         )
-        self.masters = MasterWeights(self.model, getattr(torch, choices.dtype), self.model.lookup_names())
-        self.optimizers = build_optimizers(self.masters.named, self.config.optimizer_spec())
+        dtype = getattr(torch, choices.dtype)
+        self.masters = MasterWeights(self.model, dtype, self.model.lookup_names())
+        self.optimizers = build_optimizers(self.masters.named, self.config.optimizer_spec(), dtype)
         self.flops_per_token = self.model.flops_per_token(self.config.context_length)
         self._schedule = build_schedule(
             self.config.schedule,

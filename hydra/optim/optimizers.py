@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hydra.optim.groups import group_parameters
+from hydra.optim.muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,17 @@ class OptimizerSpec:
     muon_weight_decay: float
 
 
-def build_optimizers(named: Mapping[str, nn.Parameter], spec: OptimizerSpec) -> list[Optimizer]:
+def build_optimizers(
+    named: Mapping[str, nn.Parameter], spec: OptimizerSpec, dtype: torch.dtype = torch.float32
+) -> list[Optimizer]:
     """Optimizers that step each of the named parameters exactly once.
 
-    AdamW: Loshchilov and Hutter, arXiv 1711.05101. Muon: Jordan et al. 2024, in torch's form; a matrix of A rows and B
-    columns is given muon_learning_rate * sqrt(max(1, A / B)), so that updates of all shapes are of one size.
-    Every group keeps its peak rate under `peak_lr`: a schedule multiplies that.
+    AdamW: Loshchilov and Hutter, arXiv 1711.05101; Muon: see hydra.optim.muon. Every group keeps its peak rate under
+    `peak_lr`: a schedule multiplies that.
+
+    Args:
+        named: float32 parameters by the model's names.
+        dtype: of Muon's matrix products.
     """
     groups = group_parameters(named)
     adamw: list[dict[str, Any]] = [
@@ -41,11 +47,12 @@ def build_optimizers(named: Mapping[str, nn.Parameter], spec: OptimizerSpec) -> 
     optimizers: list[Optimizer] = []
     if spec.kind == "muon":
         optimizers.append(
-            torch.optim.Muon(
-                list(groups.hidden.values()),
+            Muon(
+                groups.hidden.values(),
                 lr=spec.muon_learning_rate,
                 weight_decay=spec.muon_weight_decay,
                 momentum=spec.muon_momentum,
+                dtype=dtype,
             )
         )
     else:

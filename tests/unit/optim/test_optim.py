@@ -17,6 +17,7 @@ from hydra.optim import (
     optimizer_tensors,
     warmup_stable_decay,
 )
+from hydra.optim.muon import Muon, orthogonalise
 
 
 def test_warmup_stable_decay_corners() -> None:
@@ -99,12 +100,12 @@ def test_optimizers_step_each_parameter_once(kind: str) -> None:
     ]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     by_class = {type(optimizer): optimizer for optimizer in optimizers}
-    assert set(by_class) == ({torch.optim.AdamW} if kind == "adamw" else {torch.optim.AdamW, torch.optim.Muon})
+    assert set(by_class) == ({torch.optim.AdamW} if kind == "adamw" else {torch.optim.AdamW, Muon})
     for group in by_class[torch.optim.AdamW].param_groups:
         assert group["peak_lr"] == 1e-2
         assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.1}
     if kind == "muon":
-        (hidden,) = by_class[torch.optim.Muon].param_groups
+        (hidden,) = by_class[Muon].param_groups
         assert (hidden["peak_lr"], hidden["weight_decay"], hidden["momentum"]) == (2e-2, 0.01, 0.95)
 
 
@@ -120,6 +121,37 @@ def test_muon_moves_every_direction_alike() -> None:
     singular_values = torch.linalg.svdvals(update)
     assert singular_values.min() > 0.6
     assert singular_values.max() < 1.3
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_muon_is_torchs_muon_in_batches(weight_decay: float) -> None:
+    """Several steps of matrices of several shapes, tall ones among them; both orthogonalise in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 16), (16, 8), (16, 16), (8, 16), (4, 16)]
+    ours = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    fast = Muon(ours, lr=0.02, momentum=0.9, weight_decay=weight_decay, dtype=torch.bfloat16)
+    slow = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=weight_decay)
+    for _ in range(4):
+        for our, their in zip(ours, theirs, strict=True):
+            our.grad = torch.randn(our.shape, generator=generator)
+            their.grad = our.grad.clone()
+        fast.step()
+        slow.step()
+    for our, their in zip(ours, theirs, strict=True):
+        # An update has entries of about lr / sqrt(columns); bfloat16 rounds five products of each in another order.
+        assert (our - their).abs().max() < 4 * 0.02 * 0.05
+
+
+def test_orthogonalise_is_the_polar_factor_to_within_its_quintic() -> None:
+    x_MRC = torch.randn(3, 12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, _, right = torch.linalg.svd(x_MRC, full_matrices=False)
+    ours = orthogonalise(x_MRC)
+    aligned = left.transpose(1, 2) @ ours @ right.transpose(1, 2)
+    diagonal = aligned.diagonal(dim1=1, dim2=2)
+    assert (aligned - torch.diag_embed(diagonal)).abs().max() < 1e-10
+    assert diagonal.min() > 0.6
+    assert diagonal.max() < 1.3
 
 
 def test_optimizer_state_goes_round_and_must_fit() -> None:
