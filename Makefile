@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := report
-.PHONY: report test check lab lock
+.PHONY: report test check lab lock bench peers
 
 report: .venv/installed
 	@$(BIN)/papermill notebooks/pretrain.ipynb runs/pretrain/pretrain.ipynb --engine hydra
@@ -17,6 +17,15 @@ check: .venv/installed
 
 lab: .venv/installed
 	@$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+# PARTS="throughput memory" runs some of it.
+bench: .venv-peers/installed
+	@$(BIN)/python -m diagnostics.bench $(PARTS)
+
+peers: .venv-peers/installed
+
+.venv-peers/installed: .venv/installed diagnostics/peers.sh
+	@bash diagnostics/peers.sh
 
 .venv/installed: pyproject.toml requirements.lock scripts/install.sh
 	@bash scripts/install.sh "$(PYTHON)"

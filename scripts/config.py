@@ -67,11 +67,11 @@ class TrainingConfig:
     """Folder of the tokenized shards, shared by runs; relative to the workspace root."""
 
     # Model
-    d_model: PositiveInt = 160
+    d_model: PositiveInt = 256
     """Width of the residual stream, in channels."""
     n_layers: PositiveInt = 4
     """Number of blocks."""
-    n_heads: PositiveInt = 5
+    n_heads: PositiveInt = 4
     """Attention heads; the head width is d_model / n_heads."""
     attention: str = "ccgqa"
     """Attention backend of every block; `hydra.attention.available_backends()` lists them."""
@@ -79,11 +79,11 @@ class TrainingConfig:
     """Options of the backend by name, checked against the backend's own spec; left out, its defaults."""
     feed_forward: Literal["swiglu", "squared_relu"] = "squared_relu"
     """Feed-forward layer: SwiGLU (three matrices) or squared ReLU (two)."""
-    d_feed_forward: PositiveInt = 640
+    d_feed_forward: PositiveInt = 1024
     """Inner width of the feed-forward layer, in channels."""
     tie_embeddings: bool = False
     """Whether the output head shares the embedding's weights."""
-    zero_init: bool = False
+    zero_init: bool = True
     """Whether what adds to the residual stream starts at zero (Yang et al., arXiv 2203.03466, D.2), not at random."""
     embedding_skip: bool = False
     """Whether each block mixes the token's embedding into its input by two learned scalars (modded-nanogpt 2024)."""
@@ -97,23 +97,23 @@ class TrainingConfig:
     """Rows per optimizer step, over all micro-batches."""
     micro_batch_size: PositiveInt = 8
     """Rows per forward and backward pass; must divide batch_size. Changes memory and rounding, nothing else."""
-    max_steps: PositiveInt = 640
+    max_steps: PositiveInt = 800
     """Optimizer steps of the run."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon`: Muon (Jordan et al. 2024) for the matrices inside the blocks, AdamW for the rest. `adamw`: no Muon."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
     """Peak learning rate of AdamW."""
-    muon_learning_rate: Annotated[float, Field(gt=0.0)] = 0.02
+    muon_learning_rate: Annotated[float, Field(gt=0.0)] = 0.01
     """Peak learning rate of Muon; a matrix taller than wide gets sqrt(rows / columns) of it."""
-    muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Muon's decay of the mean of gradients (Nesterov)."""
     muon_weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay of Muon's matrices (per step, times its learning rate)."""
     schedule: Literal["warmup_stable_decay", "cosine"] = "warmup_stable_decay"
     """Shape of the learning rate over the steps."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
     """Steps over which the learning rate rises linearly from 0 to its peak."""
-    decay_fraction: Fraction = 0.5
+    decay_fraction: Fraction = 0.6
     """Share of max_steps, at the end, over which `warmup_stable_decay` falls linearly; `cosine` does not read it."""
     final_learning_rate_fraction: Fraction = 0.0
     """Learning rate at the last step, as a share of the peak."""
@@ -141,11 +141,11 @@ class TrainingConfig:
     attention_kernel: Literal["auto", "blocked", "scaled_dot_product"] = "auto"
     """How softmax attention is computed: torch's own choice, or matrix products over blocks of queries. `auto` takes
     what is faster on the device. Chosen once, then kept by the run."""
-    compile_from_step: Annotated[int, Field(ge=0)] | None = 0
+    compile_from_step: Annotated[int, Field(ge=0)] | None = 1
     """Finished steps after which blocks run as compiled code (the compiler is waited for); None: never."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
-    eval_every: PositiveInt = 160
+    eval_every: PositiveInt = 200
     """Steps between two evaluations on the whole validation text; there is one before the first step and at the end."""
     checkpoint_every: PositiveInt = 100
     """Steps between two checkpoints; there is one at the end and at SIGTERM as well."""

@@ -1,0 +1,61 @@
+"""`python -m diagnostics.bench [PART ...]`: measure, print, and write benchmarks.json and diagnostics/README.md."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diagnostics.bench import machine, memory, startup, throughput, time_to_loss
+
+HERE = Path(__file__).parents[1]
+RESULTS, README = HERE / "benchmarks.json", HERE / "README.md"
+DATA_DIR = "data"
+TEXT = machine.ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+MARK = "<!-- what `make bench` printed last -->"
+
+
+def main(names: list[str]) -> int:
+    """Run the named parts, all without a name; returns the exit status."""
+    threads = len(os.sched_getaffinity(0))
+    parts: dict[str, tuple[str, Callable[[], dict[str, Any]], Callable[[dict[str, Any]], list[str]]]] = {
+        "throughput": ("Tokens per second", lambda: throughput.run(DATA_DIR, threads), throughput.table),
+        "time-to-loss": ("Time to loss", lambda: time_to_loss.run(DATA_DIR, threads, TEXT), time_to_loss.table),
+        "memory": ("Memory", lambda: memory.run(DATA_DIR, threads), memory.table),
+        "startup": ("Startup", lambda: startup.run(DATA_DIR, threads), startup.table),
+    }
+    unknown = [name for name in names if name not in parts]
+    if unknown:
+        print(f"a part must be one of {', '.join(parts)}, but got {unknown[0]}", file=sys.stderr)
+        return 2
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in names or parts:
+        title, measure, _ = parts[name]
+        print(f"{title} ...", flush=True)
+        try:
+            results[name] = {"machine": machine.describe(), "result": measure()}
+        except machine.BusyError as error:
+            print(f"refused: {error}", file=sys.stderr)
+            return 75
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print("\n".join(section(title, results[name], parts[name][2])), flush=True)
+    shown = [
+        line for name in parts if name in results for line in section(parts[name][0], results[name], parts[name][2])
+    ]
+    README.write_text(README.read_text().partition(MARK)[0] + "\n".join([MARK, *shown]).rstrip() + "\n")
+    return 0
+
+
+def section(title: str, stored: dict[str, Any], table: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    """Heading, machine, table."""
+    of = stored["machine"]
+    said = (
+        f"{of['date']}, commit {of['commit']}, {of['processor']}, {of['n_cores']} cores, "
+        f"AVX512-BF16 {'yes' if of['avx512_bf16'] else 'no'}, AMX {'yes' if of['amx'] else 'no'}, torch {of['torch']}"
+    )
+    return ["", f"### {title}", "", said, "", *table(stored["result"])]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

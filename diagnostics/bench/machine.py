@@ -1,0 +1,78 @@
+"""The machine under the benchmark: what it is, and whether it is quiet enough to time anything."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+WATCHED_S = 1.0
+MAX_FOREIGN_SHARE = 0.10
+"""Processor time that others may take, as a share of one core, before timing is refused."""
+PATIENCE_S = 120.0
+
+
+class BusyError(Exception):
+    """Others use the processor; a timing would measure them too."""
+
+
+def wait_until_quiet() -> None:
+    """Return when nothing but this process and its children has used the processor for a second.
+
+    Raises:
+        BusyError: that was not so for two minutes; it names who is at work.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        before = dict(_processor_seconds())
+        time.sleep(WATCHED_S)
+        used = {name: seconds - before.get(name, seconds) for name, seconds in _processor_seconds()}
+        busy = {name: seconds / WATCHED_S for name, seconds in used.items() if seconds / WATCHED_S > MAX_FOREIGN_SHARE}
+        if not busy:
+            return
+        if time.monotonic() > deadline:
+            told = ", ".join(f"{name} ({share:.0%} of a core)" for name, share in busy.items())
+            raise BusyError(f"the machine must be quiet to time anything, but at work are: {told}; end them or wait")
+
+
+def _processor_seconds() -> Iterator[tuple[str, float]]:
+    """Processor time of every process that is not ours, by number and name."""
+    ticks, own = os.sysconf("SC_CLK_TCK"), str(os.getpid())
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            name, _, rest = (entry / "stat").read_text().partition("(")[2].rpartition(")")
+        except OSError:
+            continue  # it has ended
+        fields = rest.split()
+        if own not in (entry.name, fields[1]):
+            yield f"{name} [{entry.name}]", (int(fields[11]) + int(fields[12])) / ticks
+
+
+def describe() -> dict[str, object]:
+    """Processor, cores, versions and commit, as they stand beside every figure."""
+    import torch
+
+    processor = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
+    )
+    family = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("cpu family")][:1]
+    model = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model\t")][:1]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": f"{processor} (family {'/'.join(family + model)})",
+        "n_cores": len(os.sched_getaffinity(0)),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hydra": importlib.metadata.version("hydra-workspace"),
+        "commit": commit.strip(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()

@@ -1,0 +1,170 @@
+"""Whole-process time to the validation loss that nanoGPT's CPU recipe ends with, on the same text, three seeds each.
+
+Both train on the first 90 % of the characters and are judged on the last 10 %, in windows of the recipe's block size,
+after the clock has stopped. HYDRA's own evaluations, which its trainer does at the start and the end of a run on text
+that it holds back from the 90 %, count for HYDRA.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diagnostics.bench.machine import ROOT, wait_until_quiet
+from hydra.model.framework import build_model
+from hydra.runtime import Run
+from scripts.config import TrainingConfig
+
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Race:
+    """A recipe of nanoGPT, and the config with which HYDRA is to reach its loss with no more parameters."""
+
+    recipe: dict[str, Any]
+    config: dict[str, Any]
+    known: str
+    """What the recipe's own code is known to give, to be compared with."""
+    seeds: tuple[int, ...] = field(default=SEEDS)
+
+
+RACES = {
+    "characters-0.8M": Race(
+        recipe={
+            "n_tokens": 64,
+            "n_rows": 12,
+            "d_model": 128,
+            "n_layers": 4,
+            "n_heads": 4,
+            "dropout": 0.0,
+            "learning_rate": 1e-3,
+            "warmup_steps": 100,
+            "max_steps": 2000,
+            "seconds": None,
+        },
+        config={
+            "d_model": 128,
+            "n_layers": 4,
+            "n_heads": 4,
+            "d_feed_forward": 512,
+            "context_length": 64,
+            "batch_size": 32,
+            "micro_batch_size": 32,
+            "max_steps": 220,
+            "warmup_steps": 5,
+        },
+        known="its own code: 1.8857 after 2,000 steps of 768 tokens, in 103 s on two Zen 5 cores",
+    ),
+}
+
+
+def run(data_dir: str, threads: int, text: Path) -> dict[str, Any]:
+    """Run every race on the text; contestants take turns, seed by seed."""
+    whole = text.read_text()
+    cut = int(0.9 * len(whole))
+    folder = Path(tempfile.mkdtemp(prefix="bench-text-"))
+    (folder / "train.txt").write_text(whole[:cut])
+    (folder / "validation.txt").write_text(whole[cut:])
+    results = {}
+    for name, race in RACES.items():
+        rows: dict[str, list[dict[str, float]]] = {"nanoGPT's CPU recipe": [], "HYDRA": []}
+        for seed in race.seeds:
+            wait_until_quiet()
+            rows["nanoGPT's CPU recipe"].append(_run_recipe(race, folder, seed, threads))
+            wait_until_quiet()
+            rows["HYDRA"].append(_run_hydra(race, folder, seed, threads, data_dir))
+        target = statistics.mean(row["val_loss_nats"] for row in rows["nanoGPT's CPU recipe"])
+        reached = [row["val_loss_nats"] <= target for row in rows["HYDRA"]]
+        times = {who: statistics.median(row["seconds"] for row in of) for who, of in rows.items()}
+        results[name] = {
+            "target_nats": target,
+            "known": race.known,
+            "reached": f"{sum(reached)} of {len(reached)}",
+            "faster": times["nanoGPT's CPU recipe"] / times["HYDRA"] if all(reached) else None,
+            "rows": rows,
+        }
+    return results
+
+
+def _run_recipe(race: Race, folder: Path, seed: int, threads: int) -> dict[str, float]:
+    texts = {name: str(folder / f"{name.removesuffix('_text')}.txt") for name in ("train_text", "validation_text")}
+    spec = {**race.recipe, **texts, "seed": seed, "threads": threads}
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "diagnostics.bench.contestants.nanogpt", json.dumps(spec)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    whole = time.perf_counter() - began
+    result = json.loads(done.stdout.splitlines()[-1])
+    return {**result, "seconds": whole - result.pop("evaluation_seconds")}
+
+
+def _run_hydra(race: Race, folder: Path, seed: int, threads: int, data_dir: str) -> dict[str, float]:
+    run_dir = Path(tempfile.mkdtemp()) / "run"
+    run_dir.mkdir()
+    fields = {
+        "corpus": str(folder / "train.txt"),
+        "tokenizer": "characters",
+        "data_dir": data_dir,
+        "threads": threads,
+        "seed": seed,
+        "eval_every": 10**6,
+        "checkpoint_every": 10**6,
+        "log_every": 50,
+        "sample_tokens": 0,
+        **race.config,
+    }
+    (run_dir / "config.json").write_text(TrainingConfig.preset("debug", **fields).to_json())
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "scripts.trainer", str(run_dir)]
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    seconds = time.perf_counter() - began
+    finished = Run.open(run_dir)
+    loss = _judge(finished, (folder / "validation.txt").read_text(), race.recipe["n_tokens"])
+    return {"val_loss_nats": loss, "n_parameters": finished.status().n_parameters, "seconds": seconds}
+
+
+@torch.no_grad()
+def _judge(run: Run, text: str, n_tokens: int) -> float:
+    """Mean loss in nats per character over whole windows of n_tokens, as the recipe's own program takes it."""
+    model, tokenizer = run.load_model(build_model), run.load_tokenizer()
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
+    assert len(ids) == len(text), "a character of the validation text is not in the training text"
+    n_windows = (len(ids) - 1) // n_tokens
+    inputs = ids[: n_windows * n_tokens].view(n_windows, n_tokens)
+    targets = ids[1 : n_windows * n_tokens + 1].view(n_windows, n_tokens)
+    total = 0.0
+    for i, t in zip(inputs.split(64), targets.split(64), strict=True):
+        total += model(i, t).losses["cross_entropy"].item()
+    return total / (n_windows * n_tokens)
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Lines of Markdown."""
+    lines = []
+    for name, result in results.items():
+        faster = f"{result['faster']:.1f}x sooner" if result["faster"] else "not by every seed"
+        lines += [
+            f"{name}: target {result['target_nats']:.4f} nats per character, the mean of the recipe's seeds "
+            f"({result['known']}). HYDRA: {faster}; {result['reached']} seeds reached it.",
+            "",
+            "| | parameters | whole process, s | validation loss, nats |",
+            "|---|---|---|---|",
+        ]
+        for who, rows in result["rows"].items():
+            seconds = " ".join(f"{row['seconds']:.1f}" for row in rows)
+            losses = " ".join(f"{row['val_loss_nats']:.4f}" for row in rows)
+            lines.append(f"| {who} | {rows[0]['n_parameters']:,.0f} | {seconds} | {losses} |")
+        lines.append("")
+    return lines
