@@ -95,8 +95,9 @@ class TrainingConfig:
     """Tokens per row."""
     batch_size: PositiveInt = 8
     """Rows per optimizer step, over all micro-batches."""
-    micro_batch_size: PositiveInt = 8
-    """Rows per forward and backward pass; must divide batch_size. Changes memory and rounding, nothing else."""
+    micro_batch_size: Annotated[int, Field(ge=0)] = 8
+    """Rows per forward and backward pass; must divide batch_size. Changes memory and rounding, nothing else. 0: what is
+    fast on the device and fits its memory, chosen once, then kept by the run."""
     max_steps: PositiveInt = 640
     """Optimizer steps of the run."""
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -143,6 +144,12 @@ class TrainingConfig:
     what is faster on the device. Chosen once, then kept by the run."""
     compile_from_step: Annotated[int, Field(ge=0)] | None = 0
     """Finished steps after which blocks run as compiled code (the compiler is waited for); None: never."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What a block keeps for its backward pass: all it needs, its matrix products (compiled: half of it), or its input
+    alone; the rest is computed again. `auto` keeps what fits the memory. Chosen once, then kept by the run."""
+    memory_limit_mib: Annotated[int, Field(ge=0)] = 0
+    """Most memory the trainer may take, in MiB; 0: nine tenths of what the host allows. What would take more is met by
+    smaller micro-batches and checkpointing where those are left to choose, else refused before the first step."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
     eval_every: PositiveInt = 160
@@ -158,7 +165,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _must(
-            self.batch_size % self.micro_batch_size == 0, "micro_batch_size", "divide batch_size", self.micro_batch_size
+            self.micro_batch_size == 0 or self.batch_size % self.micro_batch_size == 0,
+            "micro_batch_size",
+            "divide batch_size, or be 0",
+            self.micro_batch_size,
         )
         _must(self.d_model % self.n_heads == 0, "n_heads", f"divide d_model={self.d_model}", self.n_heads)
         _must(
@@ -332,6 +342,8 @@ ADDED_LATER: Mapping[str, object] = {
     "dtype": "float32",
     "attention_kernel": "scaled_dot_product",
     "compile_from_step": None,
+    "activation_checkpointing": "none",
+    "memory_limit_mib": 0,
 }
 
 # What an engine leaves in a run directory before the trainer has begun.

@@ -25,7 +25,7 @@ from hydra.model.framework import Execution, HydraModel, build_model
 from hydra.optim import MasterWeights, build_optimizers, build_schedule, load_optimizer_tensors, optimizer_tensors
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from hydra.runtime.choices import choose_once, set_up_torch
+from hydra.runtime.choices import Choices, choose_once, set_up_torch
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import FORMAT, logging_to
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
@@ -67,6 +67,7 @@ class Trainer:
     model: HydraModel
     masters: MasterWeights
     optimizers: list[torch.optim.Optimizer]
+    micro_batch_size: int  # rows of one forward and backward pass
     dataset: Dataset
     metrics: MetricsWriter
 
@@ -140,7 +141,37 @@ class Trainer:
             self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
         )
         loss_nats = self.forward_backward(batch)
-        grad_norm = float(nn.utils.clip_grad_norm_(self.masters.named.values(), config.max_gradient_norm))
+        result = self.update_weights(loss_nats)
+
+        self.step += 1
+        self.tokens += batch.n_valid_tokens
+        self.ledger.update(
+            stage="training", step=self.step, tokens=self.tokens, train_flops=self.tokens * self.flops_per_token
+        )
+        return result
+
+    def forward_backward(self, batch: Batch) -> float:
+        """Accumulate the gradient of the mean loss over all valid tokens of the batch; returns that mean in nats.
+
+        Each micro-batch contributes its sum divided by the whole batch's tokens, so how the batch is cut changes
+        rounding and nothing else.
+        """
+        loss_nats = 0.0
+        for start in range(0, len(batch.inputs_BT), self.micro_batch_size):
+            rows = batch.slice_rows(start, start + self.micro_batch_size)
+            output = self.model(*self._to_device(rows))
+            loss = torch.stack(list(output.losses.values())).sum() / batch.n_valid_tokens
+            loss.backward()
+            loss_nats += float(loss.detach())
+        return loss_nats
+
+    def update_weights(self, loss_nats: float) -> StepResult:
+        """Clip the gradient, step every optimizer with it and drop it.
+
+        Raises:
+            NotFiniteError: loss or gradient norm is not finite; nothing has moved.
+        """
+        grad_norm = float(nn.utils.clip_grad_norm_(self.masters.named.values(), self.config.max_gradient_norm))
         if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
             raise NotFiniteError(
                 f"loss and gradient norm must be finite, but got {loss_nats=} and {grad_norm=} in step "
@@ -153,28 +184,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
-
-        self.step += 1
-        self.tokens += batch.n_valid_tokens
-        self.ledger.update(
-            stage="training", step=self.step, tokens=self.tokens, train_flops=self.tokens * self.flops_per_token
-        )
-        return StepResult(loss_nats, grad_norm, share_of_peak * config.learning_rate)
-
-    def forward_backward(self, batch: Batch) -> float:
-        """Accumulate the gradient of the mean loss over all valid tokens of the batch; returns that mean in nats.
-
-        Each micro-batch contributes its sum divided by the whole batch's tokens, so how the batch is cut changes
-        rounding and nothing else.
-        """
-        loss_nats = 0.0
-        for start in range(0, self.config.batch_size, self.config.micro_batch_size):
-            rows = batch.slice_rows(start, start + self.config.micro_batch_size)
-            output = self.model(*self._to_device(rows))
-            loss = torch.stack(list(output.losses.values())).sum() / batch.n_valid_tokens
-            loss.backward()
-            loss_nats += float(loss.detach())
-        return loss_nats
+        return StepResult(loss_nats, grad_norm, share_of_peak * self.config.learning_rate)
 
     # ---------------------------------------------------------------- once in a while
 
@@ -214,7 +224,14 @@ class Trainer:
         began = time.perf_counter()
         self.ledger.update(stage="evaluating")
         self.model.eval()
-        figures = evaluate(self.model, self.dataset, self.config, self.device, lambda: self.stop.is_set)
+        figures = evaluate(
+            self.model,
+            self.dataset,
+            self.device,
+            n_rows=self.micro_batch_size,
+            n_tokens=self.config.context_length,
+            is_stopped=lambda: self.stop.is_set,
+        )
         if figures is None:
             return
         if self.config.sample_tokens:
@@ -269,22 +286,16 @@ class Trainer:
         self.dataset = self._open_data()
         self._vocab_size = int(self.dataset.manifest["tokenizer"]["vocab_size"])
 
+        choices = self._plan_memory(choices)
         self.ledger.update(stage="building the model")
-        self.model = build_model(
-            self.config.model_spec(self._vocab_size),
-            seed=self.config.seed,
-            device=self.device,
-            execution=Execution(attention_kernel=choices.attention_kernel),
-        )
-        self.masters = MasterWeights(self.model, getattr(torch, choices.dtype), self.model.lookup_names())
-        self.optimizers = build_optimizers(self.masters.named, self.config.optimizer_spec())
-        self.flops_per_token = self.model.flops_per_token(self.config.context_length)
-        self._schedule = build_schedule(
-            self.config.schedule,
-            max_steps=self.config.max_steps,
-            warmup_steps=self.config.warmup_steps,
-            decay_fraction=self.config.decay_fraction,
-            final_fraction=self.config.final_learning_rate_fraction,
+        self.assemble(
+            build_model(
+                self.config.model_spec(self._vocab_size),
+                seed=self.config.seed,
+                device=self.device,
+                execution=execution_of(choices),
+            ),
+            choices,
         )
         self.ledger.update(n_parameters=self.model.n_parameters())
 
@@ -306,6 +317,21 @@ class Trainer:
         )
         self._step_at_last_log, self._time_at_last_log = self.step, time.perf_counter()
         self.model.train()
+
+    def assemble(self, model: HydraModel, choices: Choices) -> None:
+        """Take the freshly initialised float32 `model` to train, and make what updates its weights."""
+        self.model = model
+        self.micro_batch_size = choices.micro_batch_size
+        self.masters = MasterWeights(model, getattr(torch, choices.dtype), model.lookup_names())
+        self.optimizers = build_optimizers(self.masters.named, self.config.optimizer_spec())
+        self.flops_per_token = model.flops_per_token(self.config.context_length)
+        self._schedule = build_schedule(
+            self.config.schedule,
+            max_steps=self.config.max_steps,
+            warmup_steps=self.config.warmup_steps,
+            decay_fraction=self.config.decay_fraction,
+            final_fraction=self.config.final_learning_rate_fraction,
+        )
 
     def _refuse_other_run(self) -> None:
         """A config.json that was edited after the first checkpoint is another run's."""
@@ -361,6 +387,13 @@ class Trainer:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def execution_of(choices: Choices) -> Execution:
+    """How the model computes in a run of these choices."""
+    return Execution(
+        attention_kernel=choices.attention_kernel, activation_checkpointing=choices.activation_checkpointing
+    )
 
 
 # -------------------------------------------------------------------- starting it

@@ -4,11 +4,11 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hydra.errors import ConfigError
-from hydra.runtime.environment import describe_session, record_session
+from hydra.runtime.environment import describe_session, record_choices, record_session
 
 logger = logging.getLogger(__name__)
 # glibc's malloc.h
@@ -27,6 +27,10 @@ class Choices:
     """Numbers of matrix products and activations: `float32` or `bfloat16`. (Runs of before had float32.)"""
     attention_kernel: str = "scaled_dot_product"
     """The kernel of softmax attention, as hydra.attention names them."""
+    micro_batch_size: int = 0
+    """Rows of one forward and backward pass; 0 until memory has been planned."""
+    activation_checkpointing: str = "none"
+    """What blocks keep for their backward pass, as hydra.model.framework.Execution names it."""
 
 
 def choose_once(
@@ -68,13 +72,20 @@ def choose_once(
         attention_kernel=attention_kernel,
     )
     choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
-    if choices == now:
+    if replace(choices, micro_batch_size=0, activation_checkpointing="none") == now:
         reasons = f"dtype: {dtype_reason}; attention_kernel: {kernel_reason}"
     else:
         reasons = "as the run's first session chose"
     logger.info("computing with %s (%s)", choices, reasons)
     check_device(choices.device)
     return choices
+
+
+def settle(run_dir: Path, choices: Choices, *, micro_batch_size: int, activation_checkpointing: str) -> Choices:
+    """`choices` with what planning the memory chose, from now on those of the run."""
+    settled = replace(choices, micro_batch_size=micro_batch_size, activation_checkpointing=activation_checkpointing)
+    record_choices(run_dir, asdict(settled))
+    return settled
 
 
 def choose_dtype(device: str) -> tuple[str, str]:
