@@ -17,15 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
-PHASES = ("parameters", "gradients", "optimizer", "forward", "backward")
+PHASES = ("parameters", "forward", "backward", "optimizer")
 
 
 @dataclass
 class Block:
-    """One storage: its size, the phase and the moment it came to be in, the moment it went (None: it did not)."""
+    """One storage: its size, where and when it came to be, when it went (None: it did not).
+
+    `phase` is one of PHASES, `stretch` counts the uninterrupted stretches of phases.
+    """
 
     n_bytes: int
     phase: str
+    stretch: int
     born_at: int
     died_at: int | None = None
 
@@ -37,7 +41,9 @@ class Rehearsal(TorchDispatchMode):
         super().__init__()
         self.blocks: list[Block] = []
         self.now = 0
-        self._phase = "parameters"
+        self._phase = self._last_phase = "parameters"
+        self._stretch = 0
+        self._is_paused = False
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     @contextlib.contextmanager
@@ -51,13 +57,22 @@ class Rehearsal(TorchDispatchMode):
         assert phase in PHASES, phase
         self._phase = phase
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it nothing is noted."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and note the storages that its results bring."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0  # a number is asked of a tensor that has none: a loss or a norm, and it must be finite
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
-            if isinstance(result, torch.Tensor):
+            if isinstance(result, torch.Tensor) and not self._is_paused:
                 self._note(result.untyped_storage())
         return results
 
@@ -69,7 +84,9 @@ class Rehearsal(TorchDispatchMode):
         phase = self._phase
         if phase == "forward" and torch._C._current_autograd_node() is not None:
             phase = "backward"
-        self.blocks.append(Block(storage.nbytes(), phase, self._tick()))
+        if phase != self._last_phase:
+            self._last_phase, self._stretch = phase, self._stretch + 1
+        self.blocks.append(Block(storage.nbytes(), phase, self._stretch, self._tick()))
         index = len(self.blocks) - 1
         self._storages[key] = weakref.ref(storage, lambda _: self._note_death(index))
 
@@ -98,7 +115,7 @@ def peak_by_kind(blocks: list[Block]) -> dict[str, int]:
         if live > peak:
             peak, peak_at = live, moment
     sums = dict.fromkeys(KINDS, 0)
-    ends = _ends_of_phases(blocks)
+    ends = {block.stretch: block.born_at for block in blocks}  # the last birth of each stretch
     for block in blocks:
         if block.born_at <= peak_at and (block.died_at is None or block.died_at > peak_at):
             sums[_kind(block, ends)] += block.n_bytes
@@ -106,16 +123,8 @@ def peak_by_kind(blocks: list[Block]) -> dict[str, int]:
     return sums
 
 
-def _ends_of_phases(blocks: list[Block]) -> dict[str, int]:
-    """For each phase, the moment of its last birth."""
-    ends: dict[str, int] = {}
-    for block in blocks:
-        ends[block.phase] = block.born_at
-    return ends
-
-
-def _kind(block: Block, ends: dict[str, int]) -> str:
-    lives_on = block.died_at is None or block.died_at > ends[block.phase]
+def _kind(block: Block, ends: dict[int, int]) -> str:
+    lives_on = block.died_at is None or block.died_at > ends[block.stretch]
     if not lives_on:
         return "temporaries"
     return {"forward": "activations", "backward": "gradients"}.get(block.phase, block.phase)
