@@ -49,7 +49,7 @@ class TrainingConfig:
             a `ConfigError` that a person can read).
     """
 
-    preset_name: Literal["debug", "tiny"] = "debug"
+    preset_name: Literal["debug", "tiny", "50M", "100M", "250M", "500M", "750M", "1B", "1.5B"] = "debug"
     """The preset these values started from; given as the parameter `preset`."""
 
     # Data
@@ -306,6 +306,30 @@ class TrainingConfig:
         return arguments
 
 
+def _size(
+    d_model: int, n_layers: int, head_width: int, n_kv_heads: int, **fields: object
+) -> Mapping[str, object]:
+    """A preset that is named by its number of parameters, counted with a vocabulary of 32,768.
+
+    A decoder with grouped queries and a feed-forward layer four times as wide as the model, trained on about 20 tokens
+    for each parameter (Hoffmann et al., arXiv 2203.15556, table 3). Micro-batch and checkpointing fit the machine.
+    """
+    return {
+        "d_model": d_model,
+        "n_layers": n_layers,
+        "n_heads": d_model // head_width,
+        "d_feed_forward": 4 * d_model,
+        "attention": "gqa",
+        "attention_options": {"n_kv_heads": n_kv_heads},
+        "vocab_size": 32768,
+        "micro_batch_size": 0,
+        "warmup_steps": 500,
+        "eval_every": 1000,
+        "checkpoint_every": 500,
+        **fields,
+    }
+
+
 PRESETS: Mapping[str, Mapping[str, object]] = {
     # What `make report` trains: 2 CPU cores, a few minutes.
     "debug": {},
@@ -328,6 +352,18 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "dtype": "float32",
         "compile_from_step": None,
     },
+    # By number of parameters.
+    "50M": _size(
+        512, 12, 64, 2, tie_embeddings=True, context_length=1024, batch_size=64, max_steps=15_000, learning_rate=2e-3
+    ),
+    "100M": _size(
+        768, 12, 64, 3, tie_embeddings=True, context_length=1024, batch_size=128, max_steps=15_000, learning_rate=1.5e-3
+    ),
+    "250M": _size(1024, 16, 64, 4, context_length=1024, batch_size=256, max_steps=19_000, learning_rate=1e-3),
+    "500M": _size(1280, 24, 64, 5, context_length=2048, batch_size=128, max_steps=38_000, learning_rate=8e-4),
+    "750M": _size(1536, 26, 128, 3, context_length=2048, batch_size=192, max_steps=38_000, learning_rate=6e-4),
+    "1B": _size(2048, 20, 128, 4, context_length=2048, batch_size=256, max_steps=38_000, learning_rate=5e-4),
+    "1.5B": _size(2304, 24, 128, 6, context_length=2048, batch_size=256, max_steps=57_000, learning_rate=4e-4),
 }
 
 

@@ -4,8 +4,10 @@ B rows of a micro-batch, T tokens, D model width.
 """
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,12 +16,124 @@ import torch
 from torch import Tensor, nn
 
 from hydra.data import Batch
+from hydra.errors import MemoryLimitError
 from hydra.model.framework import HydraModel
 from hydra.model.framework.checkpointing import SELECTIVE_BUDGET
+from hydra.model.framework.execution import CHECKPOINTING
+from hydra.runtime import workspace_root
 from hydra.runtime.choices import Choices
+from hydra.runtime.memory import HostMemory, MemoryPlan, Prediction, read_host_memory
 from hydra.runtime.memory.compiled import Region, StandIn, map_tensors, trace_region
+from hydra.runtime.memory.plan import (
+    MIB,
+    Rung,
+    allowed_memory,
+    build_ladder,
+    cached_prediction,
+    digest_of,
+    find_rung,
+    predict,
+)
 from hydra.runtime.memory.tracker import Rehearsal
 from scripts.config import TrainingConfig
+
+
+MICRO_BATCH_TOKENS = 4096
+"""Tokens of a micro-batch that is left to choose: more do not make matrix products faster on a CPU, whose caches then
+no longer hold what goes from one layer to the next. A GPU takes all that fits."""
+PLANS = "memory-plans"  # under data_dir, shared by runs
+SOURCES = [Path(__file__).parents[1] / name for name in ("hydra", "scripts/trainer.py", "scripts/planning.py")]
+
+
+def plan_memory(
+    config: TrainingConfig, choices: Choices, vocab_size: int, host: HostMemory | None = None
+) -> MemoryPlan:
+    """The first rung of the ladder whose predicted peak this machine allows.
+
+    Args:
+        choices: device, dtype and kernel; what it says of memory is not read.
+        host: left out, this machine.
+    Raises:
+        MemoryLimitError: naming need, limit and the nearest config that would fit.
+    """
+    limit = allowed_memory(host or read_host_memory(), config.memory_limit_mib)
+    ladder = build_ladder(_micro_batch_sizes(config, choices.device), _checkpointing(config))
+    predictions: dict[Rung, Prediction] = {}
+
+    def total_of(rung: Rung) -> int:
+        predictions[rung] = predict_peak(config, choices, vocab_size, rung)
+        return predictions[rung].total
+
+    rung, tried = find_rung(ladder, total_of, limit.limit_bytes)
+    if rung is None:
+        least = min(tried, key=lambda one: tried[one])
+        raise MemoryLimitError(
+            f"a training step must take at most {limit.limit_bytes / MIB:,.0f} MiB ({limit.source}), but needs "
+            f"{tried[least] / MIB:,.0f} MiB with micro_batch_size={least.micro_batch_size} and "
+            f"activation_checkpointing={least.activation_checkpointing}; "
+            f"{_nearest_that_fits(config, choices, vocab_size, limit.limit_bytes)}"
+        )
+    return MemoryPlan(
+        micro_batch_size=rung.micro_batch_size,
+        n_micro_batches=config.batch_size // rung.micro_batch_size,
+        activation_checkpointing=rung.activation_checkpointing,
+        prediction=predictions[rung],
+        limit_bytes=limit.limit_bytes,
+        limit_source=limit.source,
+        tried=tuple(tried.items()),
+    )
+
+
+def predict_peak(config: TrainingConfig, choices: Choices, vocab_size: int, rung: Rung) -> Prediction:
+    """The peak of a training step on this rung; kept under data_dir for the next one who asks."""
+    n_micro_batches = min(2, config.batch_size // rung.micro_batch_size)
+    is_compiled = config.compile_from_step is not None
+    depends_on = {
+        "model": config.model_spec(vocab_size).to_dict(),
+        "optimizer": dataclasses.asdict(config.optimizer_spec()),
+        "execution": [choices.dtype, choices.attention_kernel, is_compiled],
+        "shape": [rung.micro_batch_size, n_micro_batches, config.context_length],
+        "activation_checkpointing": rung.activation_checkpointing,
+        "torch": torch.__version__,
+    }
+    on_rung = dataclasses.replace(choices, **dataclasses.asdict(rung))
+    return cached_prediction(
+        workspace_root() / config.data_dir / PLANS,
+        digest_of(depends_on, SOURCES),
+        lambda: predict(rehearse(config, on_rung, vocab_size), is_compiled=is_compiled),
+    )
+
+
+def _micro_batch_sizes(config: TrainingConfig, device: str) -> list[int]:
+    if config.micro_batch_size:
+        return [config.micro_batch_size]
+    most = max(1, MICRO_BATCH_TOKENS // config.context_length) if device == "cpu" else config.batch_size
+    return [size for size in range(1, most + 1) if config.batch_size % size == 0]
+
+
+def _checkpointing(config: TrainingConfig) -> tuple[str, ...]:
+    return CHECKPOINTING if config.activation_checkpointing == "auto" else (config.activation_checkpointing,)
+
+
+def _nearest_that_fits(config: TrainingConfig, choices: Choices, vocab_size: int, limit_bytes: int) -> str:
+    """In words: what is left to choose, then shorter rows, then fewer blocks; the first that fits."""
+
+    def fits(**fields: Any) -> bool:
+        changed = dataclasses.replace(config, micro_batch_size=0, activation_checkpointing="auto", **fields)
+        return predict_peak(changed, choices, vocab_size, Rung(1, "full")).total <= limit_bytes
+
+    if fits():
+        return "micro_batch_size=0 with activation_checkpointing=auto would fit"
+    for context_length in (config.context_length // 2, config.context_length // 4):
+        if context_length >= 128 and fits(context_length=context_length):
+            return f"context_length={context_length} would fit (micro_batch_size=0, activation_checkpointing=auto)"
+    low, high = 0, config.n_layers  # high blocks do not fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(n_layers=middle) else (low, middle)
+    if low:
+        return f"n_layers={low} would fit (micro_batch_size=0, activation_checkpointing=auto)"
+    return "no number of blocks would fit: take a smaller d_model or vocabulary, or a machine with more memory"
 
 
 def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehearsal:

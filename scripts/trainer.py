@@ -20,14 +20,16 @@ from torch import nn
 
 from hydra.attention.core import choose_kernel
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
-from hydra.errors import ConfigError, HydraError, NotFiniteError
+from hydra.errors import ConfigError, HydraError, MemoryLimitError, NotFiniteError
 from hydra.model.framework import Execution, HydraModel, build_model
 from hydra.optim import MasterWeights, build_optimizers, build_schedule, load_optimizer_tensors, optimizer_tensors
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from hydra.runtime.choices import Choices, choose_once, set_up_torch
+from hydra.runtime.choices import Choices, choose_once, set_up_torch, settle
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import FORMAT, logging_to
+from hydra.runtime.memory import MemoryPlan, read_host_memory
+from hydra.runtime.memory.plan import allowed_memory
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 from hydra.runtime.signals import StopRequest
 from scripts.config import TrainingConfig, refuse_difference
@@ -317,6 +319,36 @@ class Trainer:
         )
         self._step_at_last_log, self._time_at_last_log = self.step, time.perf_counter()
         self.model.train()
+
+    def _plan_memory(self, choices: Choices) -> Choices:
+        """Choose micro-batch and checkpointing so that a step fits the memory, in the run's first session for good.
+
+        Raises:
+            MemoryLimitError: nothing that may be chosen fits, or this machine has less than the run needs.
+        """
+        stored = paths.read_json(self.run_dir / paths.MEMORY_PLAN)
+        if stored and choices.micro_batch_size:
+            self.plan = MemoryPlan.from_dict(stored)
+            limit = allowed_memory(read_host_memory(), self.config.memory_limit_mib)
+            if self.plan.prediction.total > limit.limit_bytes:
+                raise MemoryLimitError(
+                    f"going on with this run takes {self.plan.prediction.total / 2**20:,.0f} MiB, but this machine "
+                    f"allows {limit.limit_bytes / 2**20:,.0f} MiB ({limit.source}); go on where there is more"
+                )
+            return choices
+        self.ledger.update(stage="planning memory")
+        # It pays to import this only here: a resumed run has its plan.
+        from scripts.planning import plan_memory
+
+        self.plan = plan_memory(self.config, choices, self._vocab_size)
+        logger.info("memory: %s", self.plan.describe())
+        paths.write_json(self.run_dir / paths.MEMORY_PLAN, self.plan.to_dict())
+        return settle(
+            self.run_dir,
+            choices,
+            micro_batch_size=self.plan.micro_batch_size,
+            activation_checkpointing=self.plan.activation_checkpointing,
+        )
 
     def assemble(self, model: HydraModel, choices: Choices) -> None:
         """Take the freshly initialised float32 `model` to train, and make what updates its weights."""
