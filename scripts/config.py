@@ -306,9 +306,7 @@ class TrainingConfig:
         return arguments
 
 
-def _size(
-    d_model: int, n_layers: int, head_width: int, n_kv_heads: int, **fields: object
-) -> Mapping[str, object]:
+def _size(d_model: int, n_layers: int, head_width: int, n_kv_heads: int, **fields: object) -> Mapping[str, object]:
     """A preset that is named by its number of parameters, counted with a vocabulary of 32,768.
 
     A decoder with grouped queries and a feed-forward layer four times as wide as the model, trained on about 20 tokens

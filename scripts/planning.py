@@ -5,6 +5,7 @@ B rows of a micro-batch, T tokens, D model width.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +14,18 @@ from unittest import mock
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from hydra.attention.core import choose_kernel
 from hydra.data import Batch
 from hydra.errors import MemoryLimitError
 from hydra.model.framework import HydraModel
 from hydra.model.framework.checkpointing import SELECTIVE_BUDGET
 from hydra.model.framework.execution import CHECKPOINTING
-from hydra.runtime import workspace_root
-from hydra.runtime.choices import Choices
+from hydra.runtime import paths, workspace_root
+from hydra.runtime.choices import Choices, resolve
+from hydra.runtime.forecast import Forecast, measure_matrix_rate
 from hydra.runtime.memory import HostMemory, MemoryPlan, Prediction, read_host_memory
 from hydra.runtime.memory.compiled import Region, StandIn, map_tensors, trace_region
 from hydra.runtime.memory.plan import (
@@ -37,10 +41,11 @@ from hydra.runtime.memory.plan import (
 from hydra.runtime.memory.tracker import Rehearsal
 from scripts.config import TrainingConfig
 
-
 MICRO_BATCH_TOKENS = 4096
 """Tokens of a micro-batch that is left to choose: more do not make matrix products faster on a CPU, whose caches then
 no longer hold what goes from one layer to the next. A GPU takes all that fits."""
+SHARE_OF_RATE = 0.6
+"""Of the rate of a matrix product alone, which a training step reaches on a CPU (55 to 75 % were measured)."""
 PLANS = "memory-plans"  # under data_dir, shared by runs
 SOURCES = [Path(__file__).parents[1] / name for name in ("hydra", "scripts/trainer.py", "scripts/planning.py")]
 
@@ -136,10 +141,59 @@ def _nearest_that_fits(config: TrainingConfig, choices: Choices, vocab_size: int
     return "no number of blocks would fit: take a smaller d_model or vocabulary, or a machine with more memory"
 
 
-def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehearsal:
-    """Run the trainer's own code for two optimizer steps and a gradient on tensors that take no memory.
+def forecast(config: TrainingConfig, run_dir: Path | None = None) -> Forecast:
+    """What a run of `config` will take; of a run that is there already, the plan that it keeps.
 
-    Of a step with many micro-batches two are run: the first makes the gradients that the others add to.
+    Nothing is started or written but the cache of predictions under data_dir.
+
+    Raises:
+        MemoryLimitError: it would not fit this machine.
+    """
+    stored = paths.read_json(run_dir / paths.MEMORY_PLAN) if run_dir else {}
+    vocab_size = _vocab_size(config, run_dir)
+    choices = resolve(
+        device=config.device,
+        threads=config.threads,
+        dtype=config.dtype,
+        attention_kernel=config.attention_kernel,
+        choose_attention_kernel=lambda device: choose_kernel(device, config.context_length),
+    )[0]
+    memory = MemoryPlan.from_dict(stored) if stored else plan_memory(config, choices, vocab_size)
+    with torch.device("meta"):
+        model = HydraModel(config.model_spec(vocab_size))
+    n_parameters = model.n_parameters()
+    return Forecast(
+        memory=memory,
+        n_parameters=n_parameters,
+        n_steps=config.max_steps,
+        tokens_per_step=config.batch_size * config.context_length,
+        flops_per_token=model.flops_per_token(config.context_length),
+        flops_per_s=measure_matrix_rate(memory.micro_batch_size * config.context_length, config.d_model, choices.dtype),
+        share_of_rate=SHARE_OF_RATE,
+        checkpoint_bytes=4 * n_parameters + memory.prediction.optimizer,
+        n_checkpoints=config.keep_checkpoints,
+        n_logged_steps=config.max_steps // config.log_every,
+    )
+
+
+def _vocab_size(config: TrainingConfig, run_dir: Path | None) -> int:
+    """Of the run's tokenizer where it is known, else what it will have at most."""
+    manifest = paths.read_json(run_dir / paths.MANIFEST) if run_dir else {}
+    if manifest:
+        return int(manifest["tokenizer"]["vocab_size"])
+    if config.tokenizer in ("bytes", "characters"):
+        return 257  # of other characters than ASCII there may be more; a table of them is small
+    path = workspace_root() / config.tokenizer
+    if path.is_file():
+        return int(Tokenizer.from_file(str(path)).get_vocab_size())
+    return config.vocab_size
+
+
+def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehearsal:
+    """Run the trainer's own code for an optimizer step and the next gradient on tensors that take no memory.
+
+    The optimizer's state is then there, as in every step but the first; of a step with many micro-batches two are run,
+    since the first makes the gradients that the others add to.
     """
     from scripts.trainer import Trainer, execution_of  # it plans its memory by this module
 
@@ -147,7 +201,8 @@ def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehea
         model = HydraModel(config.model_spec(vocab_size), execution_of(choices))
     trainer = Trainer(config, ".")
     trainer.device = torch.device("cpu")
-    batch = blank_batch(min(2 * choices.micro_batch_size, config.batch_size), config.context_length)
+    one = blank_batch(choices.micro_batch_size, config.context_length)
+    two = blank_batch(min(2 * choices.micro_batch_size, config.batch_size), config.context_length)
     rehearsal = Rehearsal()
     with rehearsal.running():
         for module in model.modules():
@@ -156,13 +211,12 @@ def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehea
         trainer.assemble(model, choices)
         model.train()
         with _as_if_compiled(model, rehearsal) if config.compile_from_step is not None else contextlib.nullcontext():
-            for _ in range(2):
-                rehearsal.begin("forward")
-                trainer.forward_backward(batch)
-                rehearsal.begin("optimizer")
-                trainer.update_weights(0.0)
             rehearsal.begin("forward")
-            trainer.forward_backward(batch)
+            trainer.forward_backward(one)
+            rehearsal.begin("optimizer")
+            trainer.update_weights(0.0)
+            rehearsal.begin("forward")
+            trainer.forward_backward(two)
     return rehearsal
 
 
@@ -178,17 +232,18 @@ def _as_if_compiled(model: HydraModel, rehearsal: Rehearsal) -> Iterator[None]:
     regions: list[Region] = []
     is_selective = model.execution.activation_checkpointing == "selective"
 
-    def run(block: nn.Module, x_BTD: Tensor, context: Any) -> Tensor:
+    def run(block: nn.Module, *arguments: Any) -> Tensor:
+        tensors = _tensors_of(arguments)
         if not regions:
             with rehearsal.paused(), mock.patch.object(block, "forward", type(block).forward.__get__(block)):
-                regions.append(_trace_block(block, x_BTD, context, SELECTIVE_BUDGET if is_selective else 1.0))
-        return StandIn.apply(regions[0], x_BTD, *block.parameters())
+                regions.append(_trace_block(block, arguments, SELECTIVE_BUDGET if is_selective else 1.0))
+        return StandIn.apply(regions[0], tensors[0], *block.parameters(), *tensors)
 
     for block in model.typed_blocks():
-        block.forward = lambda x_BTD, context, cache, block=block: run(block, x_BTD, context)  # type: ignore[assignment]
+        block.forward = functools.partial(run, block)  # type: ignore[method-assign]
     model.is_compiled = True
     loss = importlib.import_module("hydra.kernels.linear_cross_entropy")
-    with mock.patch.object(loss, "_compiled_loss_and_gradient", lambda: _fused_loss):
+    with mock.patch.object(loss, "_compiled_loss_and_gradient", return_value=_fused_loss):
         yield
 
 
@@ -197,18 +252,22 @@ def _fused_loss(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
     return logits_CV.new_zeros((), dtype=torch.float32), torch.empty_like(logits_CV)
 
 
-def _trace_block(block: nn.Module, x_BTD: Tensor, context: Any, memory_budget: float) -> Region:
-    tensors: list[Tensor] = []
-    map_tensors(context, lambda tensor: (tensors.append(tensor), tensor)[1])
+def _tensors_of(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(value, lambda tensor: (found.append(tensor), tensor)[1])
+    return found
 
-    class Wrapped(nn.Module):
+
+def _trace_block(block: nn.Module, arguments: tuple[Any, ...], memory_budget: float) -> Region:
+    class OfTensors(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.block = block
 
-        def forward(self, x_BTD: Tensor, *tensors: Tensor) -> Tensor:
+        def forward(self, *tensors: Tensor) -> Tensor:
             given = iter(tensors)
-            return self.block(x_BTD, map_tensors(context, lambda _: next(given)), None)
+            return self.block(*map_tensors(arguments, lambda _: next(given)))
 
+    inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in _tensors_of(arguments)]
     with torch.enable_grad():
-        return trace_region(Wrapped(), (x_BTD.detach().requires_grad_(), *tensors), memory_budget)
+        return trace_region(OfTensors(), inputs, memory_budget)

@@ -29,6 +29,7 @@ from hydra.runtime.choices import Choices, choose_once, set_up_torch, settle
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import FORMAT, logging_to
 from hydra.runtime.memory import MemoryPlan, read_host_memory
+from hydra.runtime.memory.host import reset_peak
 from hydra.runtime.memory.plan import allowed_memory
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 from hydra.runtime.signals import StopRequest
@@ -69,6 +70,7 @@ class Trainer:
     model: HydraModel
     masters: MasterWeights
     optimizers: list[torch.optim.Optimizer]
+    plan: MemoryPlan
     micro_batch_size: int  # rows of one forward and backward pass
     dataset: Dataset
     metrics: MetricsWriter
@@ -112,6 +114,8 @@ class Trainer:
                 self._abandon_preparation(self.stop.signal_name)
             self._prepare()
             self.stop.when_received = None
+            # What preparing took is not what training takes.
+            reset_peak()
 
             self._compile_if_due()
             self._evaluate_if_due()

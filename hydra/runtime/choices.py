@@ -56,6 +56,35 @@ def choose_once(
     Raises:
         ConfigError: the run computes on a device that this machine does not have.
     """
+    now, reasons = resolve(
+        device=device,
+        threads=threads,
+        dtype=dtype,
+        attention_kernel=attention_kernel,
+        choose_attention_kernel=choose_attention_kernel,
+    )
+    choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
+    if replace(choices, micro_batch_size=0, activation_checkpointing="none") == now:
+        logger.info("computing with %s (%s)", choices, reasons)
+    else:
+        logger.info("computing with %s (as the run's first session chose)", choices)
+    check_device(choices.device)
+    return choices
+
+
+def resolve(
+    *,
+    device: str,
+    threads: int,
+    dtype: str,
+    attention_kernel: str,
+    choose_attention_kernel: Callable[[str], tuple[str, str]] | None,
+) -> tuple[Choices, str]:
+    """What is asked for, with `auto` resolved on this machine, and the reasons; arguments as those of `choose_once`.
+
+    Raises:
+        ConfigError: it is a device that this machine does not have.
+    """
     import torch
 
     check_device(device)
@@ -71,14 +100,7 @@ def choose_once(
         dtype=resolved_dtype,
         attention_kernel=attention_kernel,
     )
-    choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
-    if replace(choices, micro_batch_size=0, activation_checkpointing="none") == now:
-        reasons = f"dtype: {dtype_reason}; attention_kernel: {kernel_reason}"
-    else:
-        reasons = "as the run's first session chose"
-    logger.info("computing with %s (%s)", choices, reasons)
-    check_device(choices.device)
-    return choices
+    return now, f"dtype: {dtype_reason}; attention_kernel: {kernel_reason}"
 
 
 def settle(run_dir: Path, choices: Choices, *, micro_batch_size: int, activation_checkpointing: str) -> Choices:

@@ -119,9 +119,7 @@ class HydraModel(nn.Module):
         )
         return ModelOutput({"cross_entropy": cross_entropy}, (targets_BT != IGNORE_INDEX).sum(), None)
 
-    def _run_block(
-        self, block: Block, x_BTD: Tensor, embedded_BTD: Tensor | None, context: AttentionContext
-    ) -> Tensor:
+    def _run_block(self, block: Block, x_BTD: Tensor, embedded_BTD: Tensor, context: AttentionContext) -> Tensor:
         """One block without a cache, keeping for its backward pass what `execution` says."""
         kept = self.execution.activation_checkpointing
         # What a compiled block keeps in between was settled when it was compiled.

@@ -1,9 +1,8 @@
 """What glibc's malloc makes of a sequence of allocations: how much stays resident that no tensor uses any more.
 
-Freed blocks below the mmap threshold stay in the heap, and the heap only shrinks from its end; on a CPU this is a
-third of a training process. Modelled: best fit among free blocks, splitting and joining, growth and trimming of the
-heap's end, blocks with a mapping of their own, and the threshold between the two that rises when one of those is freed
-(glibc 2.36, malloc/malloc.c: _int_malloc, sysmalloc, _int_free, munmap_chunk, systrim).
+Freed blocks stay in the heap: hydra.runtime.choices.keep_freed_memory asks for that, and what is freed in a training
+step is a third of its memory. Modelled: best fit among free blocks, splitting, joining of neighbours, growth at the end,
+mappings of their own for blocks above a threshold (glibc 2.36, malloc/malloc.c: _int_malloc, _int_memalign, sysmalloc).
 """
 
 import bisect
@@ -14,12 +13,9 @@ if TYPE_CHECKING:
     from hydra.runtime.memory.tracker import Block
 
 ALIGNMENT = 64  # of torch's CPU allocator
-EXTRA = 96
+SEARCHED = 96  # glibc looks for that much more, to have room for the alignment: a hole of the very size does not do
 PAGE = 4096
-TOP_PAD = 128 * 2**10
-FIRST_MMAP_THRESHOLD = 128 * 2**10
-MAX_MMAP_THRESHOLD = 32 * 2**20
-CONSOLIDATION = 64 * 2**10
+MMAP_THRESHOLD = 2**30  # as keep_freed_memory sets it
 
 
 class Heap:
@@ -27,10 +23,8 @@ class Heap:
 
     def __init__(self) -> None:
         self.mapped = 0
-        self.mmap_threshold, self.trim_threshold = FIRST_MMAP_THRESHOLD, 128 * 2**10
-        self._end = 0  # of the heap, as the system knows it
+        self.size = 0  # up to here it was ever used
         self._top = 0  # where the last block ends, and the rest begins
-        self._touched = 0  # everything below has been written since the system gave it
         self._free_by_size: list[tuple[int, int]] = []  # (size, address)
         self._free: dict[int, int] = {}  # address: size
         self._free_ends: dict[int, int] = {}  # address behind it: address
@@ -38,34 +32,29 @@ class Heap:
     @property
     def resident(self) -> int:
         """Bytes that the system has had to provide."""
-        return self.mapped + max(self._touched, self._top)
+        return self.mapped + self.size
 
     def allocate(self, n_bytes: int) -> tuple[int | None, int]:
         """(address, size) of a block; the address is None where it has a mapping of its own."""
         size = -(-(n_bytes + 16) // ALIGNMENT) * ALIGNMENT
-        index = bisect.bisect_left(self._free_by_size, (size + EXTRA, -1))
+        index = bisect.bisect_left(self._free_by_size, (size + SEARCHED, -1))
         if index < len(self._free_by_size):
             found, address = self._free_by_size[index]
             self._forget(address, found)
-            if found > size:
-                self._remember(address + size, found - size)
+            self._remember(address + size, found - size)
             return address, size
-        if self._end - self._top < size + EXTRA + 32:
-            if size >= self.mmap_threshold:
-                size = -(-(size + ALIGNMENT) // PAGE) * PAGE
-                self.mapped += size
-                return None, size
-            self._end = -(-(self._top + size + TOP_PAD) // PAGE) * PAGE
+        if self._top + size > self.size and size >= MMAP_THRESHOLD:
+            size = -(-size // PAGE) * PAGE
+            self.mapped += size
+            return None, size
         address, self._top = self._top, self._top + size
-        self._touched = max(self._touched, self._top)
+        self.size = max(self.size, self._top)
         return address, size
 
     def release(self, address: int | None, size: int) -> None:
         """Give back what `allocate` gave."""
         if address is None:
             self.mapped -= size
-            if self.mmap_threshold < size <= MAX_MMAP_THRESHOLD:
-                self.mmap_threshold, self.trim_threshold = size, 2 * size
             return
         before = self._free_ends.get(address)
         if before is not None:
@@ -80,9 +69,6 @@ class Heap:
             self._remember(address, size)
         else:
             self._top = address
-        if size >= CONSOLIDATION and self._end - self._top >= self.trim_threshold:
-            self._end = -(-(self._top + TOP_PAD) // PAGE) * PAGE
-            self._touched = min(self._touched, self._end)
 
     def _remember(self, address: int, size: int) -> None:
         bisect.insort(self._free_by_size, (size, address))

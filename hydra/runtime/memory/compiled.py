@@ -27,7 +27,7 @@ class Region:
     kept: list[str]
     """What the forward pass leaves to the backward pass."""
     gradients: list[str | None]
-    """What the backward pass makes for the parameters and then for the first input; None: it makes nothing."""
+    """What the backward pass makes for each parameter and then for each input; None: it makes nothing."""
 
 
 def trace_region(module: nn.Module, inputs: Sequence[Tensor], memory_budget: float) -> Region:
@@ -60,14 +60,13 @@ def trace_region(module: nn.Module, inputs: Sequence[Tensor], memory_budget: flo
             decompositions=select_decomp_table(),
         )
     forward, backward = graphs[0]
-    n_parameters = sum(1 for _ in module.parameters())
     events, results = _allocations(forward.graph)
     steps_back, gradients = _allocations(backward.graph)
     return Region(
         forward=events,
         backward=steps_back,
         kept=list(dict.fromkeys(name for name in results[1:] if name is not None and name in dict(events))),
-        gradients=gradients[: n_parameters + 1],
+        gradients=gradients,
     )
 
 
@@ -96,9 +95,7 @@ def _allocations(graph: fx.Graph) -> tuple[list[tuple[str, int | None]], list[st
     }
     last_use: dict[fx.Node, int] = {}
     for node in reversed(nodes):  # a fused reader reads when what it is fused into is made
-        moments = [
-            place[user] if user in exists or user.op == "output" else last_use[user] for user in node.users
-        ]
+        moments = [place[user] if user in exists or user.op == "output" else last_use[user] for user in node.users]
         last_use[node] = max(moments, default=place[node])
     events: list[tuple[str, int | None]] = []
     ending: dict[int, list[fx.Node]] = {}
@@ -150,25 +147,30 @@ def _readers(node: fx.Node) -> Iterable[fx.Node]:
 
 
 class StandIn(torch.autograd.Function):
-    """Allocates what a region would, and returns a tensor like its first input."""
+    """Allocates what a region would."""
 
     @staticmethod
-    def forward(ctx: Any, region: Region, x: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
-        """Allocate as the forward pass does."""
+    def forward(ctx: Any, region: Region, result: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        """Allocate as the forward pass does, and return a tensor like `result`.
+
+        Args:
+            tensors: the parameters of the module that was traced, then its inputs.
+        """
         held = _play(region.forward)
         ctx.region = region
-        ctx.save_for_backward(x, *(held[name] for name in region.kept), *parameters)
-        ctx.n_parameters = len(parameters)
-        return torch.empty_like(x)
+        ctx.save_for_backward(*tensors, *(held[name] for name in region.kept))
+        return torch.empty_like(result)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Allocate as the backward pass does."""
-        saved = ctx.saved_tensors
-        parameters = saved[len(saved) - ctx.n_parameters :]
         held = _play(ctx.region.backward)
         held.clear()  # their bytes are taken again at once by the gradients that they stood for
-        return (None, torch.empty_like(saved[0]), *(torch.empty_like(parameter) for parameter in parameters))
+        gradients = (
+            None if name is None else torch.empty_like(tensor)
+            for name, tensor in zip(ctx.region.gradients, ctx.saved_tensors, strict=False)
+        )
+        return (None, None, *gradients)
 
 
 def _play(events: list[tuple[str, int | None]]) -> dict[str, Tensor]:
