@@ -168,8 +168,8 @@ def main(names: list[str]) -> None:
         ratios.append(predicted["total"] / measured["peak"])
         above = (predicted["total"] - measured["baseline"]) / (measured["peak"] - measured["baseline"])
         print(
-            f"| {name} | {predicted['total'] / MIB:.0f} | {measured['peak'] / MIB:.0f} | {ratios[-1]:.3f} | {above:.3f} "
-            f"| {predicted['seconds']:.1f} | {json.dumps(fields)} {predicted['parts']}",
+            f"| {name} | {predicted['total'] / MIB:.0f} | {measured['peak'] / MIB:.0f} | {ratios[-1]:.3f} "
+            f"| {above:.3f} | {predicted['seconds']:.1f} | {json.dumps(fields)} {predicted['parts']}",
             flush=True,
         )
     print(f"ratio {min(ratios):.3f} to {max(ratios):.3f}")
@@ -238,7 +238,7 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
         shape = (config.batch_size, config.context_length + 1)
         ids = np.random.default_rng(step).integers(0, vocab_size, shape)
         loss = trainer.forward_backward(Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), np.zeros_like(ids[:, 1:])))
-        trainer.update_weights(loss / 1)
+        trainer.update_weights(loss)
     return {"peak": read_peak_bytes(), "baseline": baseline}
 
 

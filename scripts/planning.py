@@ -254,7 +254,12 @@ def _fused_loss(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tensors_of(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    map_tensors(value, lambda tensor: (found.append(tensor), tensor)[1])
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, collect)
     return found
 
 

@@ -25,7 +25,7 @@ from hydra.model.framework import Execution, HydraModel, build_model
 from hydra.optim import MasterWeights, build_optimizers, build_schedule, load_optimizer_tensors, optimizer_tensors
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from hydra.runtime.choices import Choices, choose_once, set_up_torch, settle
+from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import FORMAT, logging_to
 from hydra.runtime.memory import MemoryPlan, read_host_memory
@@ -292,6 +292,7 @@ class Trainer:
         self.dataset = self._open_data()
         self._vocab_size = int(self.dataset.manifest["tokenizer"]["vocab_size"])
 
+        give_back_freed_memory()
         choices = self._plan_memory(choices)
         self.ledger.update(stage="building the model")
         self.assemble(

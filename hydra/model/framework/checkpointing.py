@@ -23,7 +23,9 @@ def run_checkpointed(block: Callable[..., Tensor], x_BTD: Tensor, *others: Any, 
 
     Scores and weighted values of attention are batched products; they are many and belong to what is computed again.
     """
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _decide)} if is_selective else {}
+    contexts: dict[str, Any] = {}
+    if is_selective:
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _decide)
     # preserve_rng_state: a block that draws random numbers draws the same ones again.
     return checkpoint(block, x_BTD, *others, use_reentrant=False, preserve_rng_state=True, **contexts)
 

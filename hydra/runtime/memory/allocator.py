@@ -1,8 +1,8 @@
 """What glibc's malloc makes of a sequence of allocations: how much stays resident that no tensor uses any more.
 
-Freed blocks stay in the heap: hydra.runtime.choices.keep_freed_memory asks for that, and what is freed in a training
-step is a third of its memory. Modelled: best fit among free blocks, splitting, joining of neighbours, growth at the end,
-mappings of their own for blocks above a threshold (glibc 2.36, malloc/malloc.c: _int_malloc, _int_memalign, sysmalloc).
+Freed blocks stay in the heap: hydra.runtime.choices.keep_freed_memory asks for that, and what a training step frees is
+a third of its memory. Modelled: best fit among free blocks, splitting, joining of neighbours, growth at the end, and
+mappings of their own for blocks above a threshold (glibc 2.36, malloc.c: _int_malloc, _int_memalign, sysmalloc).
 """
 
 import bisect
@@ -84,7 +84,8 @@ def resident_peak(blocks: "Sequence[Block]") -> int:
     """The most that is resident when these storages are made and dropped at their moments."""
     events = [(block.born_at, index) for index, block in enumerate(blocks)]
     events += [(block.died_at, index) for index, block in enumerate(blocks) if block.died_at is not None]
-    heap, where, peak = Heap(), {}, 0
+    heap, peak = Heap(), 0
+    where: dict[int, tuple[int | None, int]] = {}
     for _, index in sorted(events):
         if index in where:
             heap.release(*where.pop(index))

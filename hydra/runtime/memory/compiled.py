@@ -37,7 +37,8 @@ def trace_region(module: nn.Module, inputs: Sequence[Tensor], memory_budget: flo
         memory_budget: share of what would be kept that may be, as torch._functorch's activation_memory_budget.
     """
     from torch._functorch import config
-    from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._functorch.aot_autograd import aot_module_simplified
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
@@ -52,10 +53,10 @@ def trace_region(module: nn.Module, inputs: Sequence[Tensor], memory_budget: flo
 
     with config.patch(activation_memory_budget=memory_budget):
         aot_module_simplified(
-            _OneResult(module),
+            _OneResult(module),  # type: ignore[arg-type]
             tuple(inputs),
-            fw_compiler=leave,
-            bw_compiler=leave,
+            fw_compiler=leave,  # type: ignore[arg-type]
+            bw_compiler=leave,  # type: ignore[arg-type]
             partition_fn=cut,
             decompositions=select_decomp_table(),
         )
@@ -150,7 +151,7 @@ class StandIn(torch.autograd.Function):
     """Allocates what a region would."""
 
     @staticmethod
-    def forward(ctx: Any, region: Region, result: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, region: Region, result: Tensor, *tensors: Tensor) -> Tensor:
         """Allocate as the forward pass does, and return a tensor like `result`.
 
         Args:
@@ -162,7 +163,7 @@ class StandIn(torch.autograd.Function):
         return torch.empty_like(result)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Allocate as the backward pass does."""
         held = _play(ctx.region.backward)
         held.clear()  # their bytes are taken again at once by the gradients that they stood for
