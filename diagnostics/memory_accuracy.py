@@ -220,6 +220,7 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
     """Peak resident bytes of a process that trains N_STEPS steps, and what it had before."""
     import numpy as np
     import torch
+    import torch.utils.tensorboard  # as the trainer's metrics do
 
     from hydra.data import Batch
     from hydra.model.framework import build_model
