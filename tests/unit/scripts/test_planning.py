@@ -32,7 +32,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(data_dir: str, **fields: Any) -> TrainingConfig:
-    return TrainingConfig.preset("debug", **{"data_dir": data_dir, "compile_from_step": None, "n_layers": 2, **fields})
+    """Few operators, so that a rehearsal takes a fraction of a second."""
+    small: dict[str, Any] = {"attention": "gqa", "d_model": 64, "d_feed_forward": 256, "context_length": 64}
+    return TrainingConfig.preset("tiny", **{"data_dir": data_dir, **small, "batch_size": 8, **fields})
 
 
 def total(config: TrainingConfig, micro_batch_size: int = 8, kept: str = "none") -> int:
@@ -50,8 +52,8 @@ def test_presets_have_plans_that_grow_with_them(data_dir: str) -> None:
     assert set(PRESETS) - set(SIZES) == {"debug", "tiny"}
     totals = []
     for name in SIZES:
-        # Two blocks are enough: all are alike, and rehearsing every one takes seconds.
-        config = TrainingConfig.preset(name, data_dir=data_dir, compile_from_step=None, n_layers=2)
+        # One block is enough: all are alike, and rehearsing every one takes seconds.
+        config = TrainingConfig.preset(name, data_dir=data_dir, compile_from_step=None, n_layers=1)
         choices = dataclasses.replace(EAGER, attention_kernel=choose_kernel("cpu", config.context_length)[0])
         plan = plan_memory(config, choices, config.vocab_size, HostMemory(10**15, "test"))
         assert plan.micro_batch_size * config.context_length == planning.MICRO_BATCH_TOKENS
@@ -63,15 +65,15 @@ def test_presets_have_plans_that_grow_with_them(data_dir: str) -> None:
 def test_memory_grows_with_rows_depth_and_length_and_falls_with_checkpointing(data_dir: str) -> None:
     config = config_of(data_dir)
     assert total(config, 2) < total(config, 4) < total(config, 8)
-    assert total(config) < total(config_of(data_dir, n_layers=4)) < total(config_of(data_dir, n_layers=8))
-    lengths = [total(config_of(data_dir, context_length=n)) for n in (128, 256, 512)]
+    assert total(config) < total(config_of(data_dir, n_layers=3)) < total(config_of(data_dir, n_layers=4))
+    lengths = [total(config_of(data_dir, context_length=n)) for n in (32, 64, 128)]
     assert lengths == sorted(set(lengths))
-    deep = config_of(data_dir, n_layers=8)
+    deep = config_of(data_dir, n_layers=4)
     assert total(deep, kept="full") < total(deep, kept="selective") < total(deep)
 
 
 def test_compiled_blocks_take_less_and_the_budget_less_again(data_dir: str) -> None:
-    eager, compiled = config_of(data_dir, n_layers=8), config_of(data_dir, n_layers=8, compile_from_step=0)
+    eager, compiled = config_of(data_dir, n_layers=4), config_of(data_dir, n_layers=4, compile_from_step=0)
 
     def activations(config: TrainingConfig, kept: str) -> int:
         prediction = predict_peak(config, EAGER, config.vocab_size, Rung(8, kept))
@@ -82,20 +84,22 @@ def test_compiled_blocks_take_less_and_the_budget_less_again(data_dir: str) -> N
 
 
 def test_predictions_are_kept(data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(data_dir, d_model=80)
+    config = config_of(data_dir, d_model=32)
     first = total(config)
     monkeypatch.setattr(planning, "rehearse", None)
     assert total(config) == first
     with pytest.raises(TypeError):
-        total(config_of(data_dir, d_model=160, n_layers=3))
+        total(config_of(data_dir, d_model=96))
 
 
 def test_what_does_not_fit_is_cut_smaller_then_computed_again_then_refused(data_dir: str) -> None:
-    config = config_of(data_dir, n_layers=8, micro_batch_size=0)
+    config = config_of(data_dir, n_layers=4, micro_batch_size=0)
     largest, small, full = total(config), total(config, 1), total(config, 1, "full")
 
     def plan(limit: int, **fields: Any) -> Any:
-        return plan_memory(dataclasses.replace(config, **fields), EAGER, 4096, HostMemory(int(limit / 0.9) + 1, "test"))
+        return plan_memory(
+            dataclasses.replace(config, **fields), EAGER, config.vocab_size, HostMemory(int(limit / 0.9) + 1, "test")
+        )
 
     assert plan(largest).micro_batch_size == 8
     assert (plan(largest - 1).activation_checkpointing, plan(largest - 1).micro_batch_size < 8) == ("none", True)
@@ -148,7 +152,7 @@ def test_a_run_that_cannot_fit_ends_before_its_first_step(make_run: Callable[...
 def test_forecast_counts_tokens_time_and_disk(data_dir: str) -> None:
     config = config_of(data_dir, max_steps=100)
     told = forecast(config)
-    assert told.n_tokens == 100 * 8 * 256
+    assert told.n_tokens == 100 * 8 * 64
     assert told.seconds == pytest.approx(told.n_tokens * told.flops_per_token / (told.flops_per_s * 0.6))
     assert 8 * told.n_parameters < told.checkpoint_bytes <= 13 * told.n_parameters
     assert told.disk_bytes > 3 * told.checkpoint_bytes
