@@ -2,13 +2,15 @@
 
     python diagnostics/memory_accuracy.py [calibration | NAME ...]
 
-For each config a process of its own builds the model, trains a few real steps of random tokens with the trainer's own
-code and prints its peak resident memory; another predicts it. Both count from zero: imports included.
+For each config a process of its own trains a whole run of few steps, with the real trainer on real text, and compares
+what was planned before the first step with the most memory that was resident from there on (ru_maxrss: all of the
+process, imports included, evaluation and checkpoint too).
 """
 
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +20,16 @@ N_STEPS = 3
 GQA = {"attention": "gqa"}
 EAGER: dict[str, Any] = {"compile_from_step": None}
 # What the constants in hydra/runtime/memory/plan.py were fitted to.
+SMALL = {"d_model": 384, "n_heads": 6, "n_layers": 6, "d_feed_forward": 1536}
 CALIBRATION: dict[str, dict[str, Any]] = {
-    "c1 debug": {},
-    "c2 debug eager": EAGER,
-    "c3 gqa 512 eager": {
-        **GQA,
-        **EAGER,
-        "d_model": 512,
-        "n_heads": 8,
-        "n_layers": 8,
-        "d_feed_forward": 2048,
-        "vocab_size": 32000,
-        "optimizer": "adamw",
-    },
-    "c4 gqa 512": {**GQA, "d_model": 512, "n_heads": 8, "n_layers": 8, "d_feed_forward": 2048, "vocab_size": 32000},
-    "c5 384 eager": {**EAGER, "d_model": 384, "n_heads": 6, "n_layers": 6, "d_feed_forward": 1536},
-    "c6 384 swiglu": {"d_model": 384, "n_heads": 6, "n_layers": 6, "d_feed_forward": 1024, "feed_forward": "swiglu"},
-    "c7 float32 eager": {
-        **GQA,
-        **EAGER,
-        "d_model": 256,
-        "n_heads": 4,
-        "n_layers": 6,
-        "d_feed_forward": 1024,
-        "dtype": "float32",
-        "batch_size": 16,
-    },
+    "c1": {},
+    "c2": EAGER,
+    "c3": {**GQA, **EAGER, **SMALL, "d_model": 512, "n_heads": 8, "vocab_size": 32000, "optimizer": "adamw"},
+    "c4": {**GQA, **SMALL, "d_model": 512, "n_heads": 8, "vocab_size": 32000},
+    "c5": {**GQA, **EAGER, **SMALL, "batch_size": 16},
+    "c6": {**SMALL, "batch_size": 16, "feed_forward": "swiglu"},
+    "c7": {**GQA, **EAGER, **SMALL, "d_model": 256, "n_heads": 4, "dtype": "float32", "batch_size": 16},
+    "c8": {**GQA, **SMALL},
 }
 HELD_OUT: dict[str, dict[str, Any]] = {
     "1": {**GQA, "d_model": 384, "n_heads": 6, "n_layers": 6, "d_feed_forward": 1536},
@@ -160,92 +146,69 @@ def main(names: list[str]) -> None:
     configs = CALIBRATION if names == ["calibration"] else HELD_OUT
     if names and names != ["calibration"]:
         configs = {name: fields for name, fields in (CALIBRATION | HELD_OUT).items() if name in names}
-    print("| config | predicted MiB | measured MiB | ratio | above the baseline | seconds to predict |")
-    print("|---|---|---|---|---|---|")
+    print("| config | fields beside those of `debug` | predicted MiB | measured MiB | predicted / measured |")
+    print("|---|---|---|---|---|")
     ratios = []
     for name, fields in configs.items():
-        measured, predicted = in_child("measure", fields), in_child("predict", fields)
-        ratios.append(predicted["total"] / measured["peak"])
-        above = (predicted["total"] - measured["baseline"]) / (measured["peak"] - measured["baseline"])
+        told = in_child(fields)
+        ratios.append(told["predicted"] / told["measured"])
+        changed = ", ".join(f"{field}={value}" for field, value in fields.items())
         print(
-            f"| {name} | {predicted['total'] / MIB:.0f} | {measured['peak'] / MIB:.0f} | {ratios[-1]:.3f} "
-            f"| {above:.3f} | {predicted['seconds']:.1f} | {json.dumps(fields)} {predicted['parts']}",
+            f"| {name} | {changed} | {told['predicted'] / MIB:.0f} | {told['measured'] / MIB:.0f} | {ratios[-1]:.3f} |",
             flush=True,
         )
-    print(f"ratio {min(ratios):.3f} to {max(ratios):.3f}")
+        print({kind: round(n / MIB) for kind, n in told["parts"].items()}, file=sys.stderr, flush=True)
+    print(f"predicted / measured: {min(ratios):.3f} to {max(ratios):.3f}")
 
 
-def in_child(what: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The figures that a process of its own printed as its last line."""
-    command = [sys.executable, __file__, what, json.dumps(fields)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+def in_child(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a process of its own printed as its last line."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        command = [sys.executable, __file__, "train", run_dir, json.dumps(fields)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def prepare(fields: dict[str, Any]) -> Any:
-    """Config, choices and vocabulary of a config in this process."""
-    from hydra.attention.core import choose_kernel
-    from hydra.runtime.choices import Choices, choose_dtype, set_up_torch
+def train(run_dir: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Train a whole run of few steps: data, plan, evaluation, checkpoint and all; the bytes predicted and measured.
+
+    The text is bytes; the model has the vocabulary that is asked for, of which it then uses the first 257 rows.
+    """
+    import resource
+
+    from hydra.data import Dataset
     from scripts.config import TrainingConfig
+    from scripts.trainer import Trainer
 
-    config = TrainingConfig.preset("debug", **fields)
-    kernel, dtype = config.attention_kernel, config.dtype
-    choices = Choices(
-        device="cpu",
-        threads=2,
-        dtype=choose_dtype("cpu")[0] if dtype == "auto" else dtype,
-        attention_kernel=choose_kernel("cpu", config.context_length)[0] if kernel == "auto" else kernel,
-        micro_batch_size=config.micro_batch_size,
-        activation_checkpointing="none" if config.activation_checkpointing == "auto" else "full",
-    )
-    set_up_torch(choices, 0, ROOT / "data" / "compiled")
-    return config, choices, config.vocab_size
+    class AnyVocabulary(Trainer):
+        def _open_data(self) -> Dataset:
+            dataset = super()._open_data()
+            dataset.manifest["tokenizer"]["vocab_size"] = self.config.vocab_size
+            return dataset
 
-
-def predict(fields: dict[str, Any]) -> dict[str, Any]:
-    """Predicted bytes, and the seconds that took."""
-    import time
-
-    from hydra.runtime.memory.plan import predict
-    from scripts.planning import rehearse
-
-    config, choices, vocab_size = prepare(fields)
-    began = time.perf_counter()
-    prediction = predict(rehearse(config, choices, vocab_size), is_compiled=config.compile_from_step is not None)
-    parts = {kind: round(n / MIB) for kind, n in prediction.by_kind().items()}
-    return {"total": prediction.total, "seconds": time.perf_counter() - began, "parts": parts}
-
-
-def measure(fields: dict[str, Any]) -> dict[str, Any]:
-    """Peak resident bytes of a process that trains N_STEPS steps, and what it had before."""
-    import numpy as np
-    import torch
-    import torch.utils.tensorboard  # as the trainer's metrics do
-
-    from hydra.data import Batch
-    from hydra.model.framework import build_model
-    from hydra.runtime.memory.host import read_own_bytes, read_peak_bytes
-    from scripts.trainer import Trainer, execution_of
-
-    config, choices, vocab_size = prepare(fields)
-    baseline = read_own_bytes()
-    trainer = Trainer(config, ROOT / "runs" / "nowhere")
-    trainer.device = torch.device("cpu")
-    trainer.assemble(build_model(config.model_spec(vocab_size), execution=execution_of(choices)), choices)
-    if config.compile_from_step is not None:
-        trainer.model.compile_regions()
-    trainer.model.train()
-    for step in range(N_STEPS):
-        shape = (config.batch_size, config.context_length + 1)
-        ids = np.random.default_rng(step).integers(0, vocab_size, shape)
-        loss = trainer.forward_backward(Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), np.zeros_like(ids[:, 1:])))
-        trainer.update_weights(loss)
-    return {"peak": read_peak_bytes(), "baseline": baseline}
+    common = {
+        "corpus": str(ROOT / "tests" / "assets" / "notes"),
+        "tokenizer": "bytes",
+        "data_dir": "data/memory-accuracy",
+        "max_steps": N_STEPS,
+        "warmup_steps": 1,
+        "eval_every": N_STEPS,
+        "checkpoint_every": N_STEPS,
+        "log_every": 1,
+        "sample_tokens": 8,
+    }
+    trainer = AnyVocabulary(TrainingConfig.preset("debug", **common, **fields), run_dir)
+    trainer.train()
+    prediction = trainer.plan.prediction
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"predicted": prediction.total, "measured": peak, "parts": prediction.by_kind()}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["measure"], ["predict"]):
+    if sys.argv[1:2] == ["train"]:
         sys.path.insert(0, str(ROOT))
-        print(json.dumps({"measure": measure, "predict": predict}[sys.argv[1]](json.loads(sys.argv[2]))))
+        print(json.dumps(train(sys.argv[2], json.loads(sys.argv[3]))))
     else:
         main(sys.argv[1:])
