@@ -1,5 +1,6 @@
 """Rehearsals against counts by hand and against real memory; the ladder; the model of the heap."""
 
+import itertools
 import random
 
 import pytest
@@ -124,7 +125,7 @@ def test_heap_never_hands_out_a_byte_twice() -> None:
         else:
             live.append(heap.allocate(draw.randrange(1, 100_000)))
     taken = sorted(live)
-    assert all(a + size <= b for (a, size), (b, _) in zip(taken, taken[1:], strict=False))
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(taken))
     for block in live:
         heap.release(*block)
     assert heap.allocate(heap.resident // 2)[0] == 0  # all is joined again
