@@ -391,12 +391,15 @@ class Trainer:
 
     def _resume(self, directory: Path) -> None:
         """Put weights, optimizer, generator and counters back as they were when the checkpoint was written."""
-        checkpoint = load_checkpoint(directory, groups=("model", "optimizer", "rng"))
+        # One after the other: weights and optimizer need not be there twice at the same time.
+        checkpoint = load_checkpoint(directory, groups=("model", "rng"))
         state = checkpoint.trainer_state
         assert state["data_fingerprint"] == self.dataset.manifest["fingerprint"], state
         self.masters.load_state_dict(dict(checkpoint.tensors["model"]))
-        load_optimizer_tensors(self.masters.named, self.optimizers, checkpoint.tensors["optimizer"])
         torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
+        del checkpoint
+        optimizer = load_checkpoint(directory, groups=("optimizer",))
+        load_optimizer_tensors(self.masters.named, self.optimizers, optimizer.tensors["optimizer"])
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         logger.info("going on from %s", directory)
 

@@ -22,9 +22,9 @@ LIBRARIES = 50 * MIB
 """oneDNN's and MKL's code as it is read in, generated kernels and their scratch memory."""
 COMPILER = 100 * MIB
 """torch's compiler and what it leaves behind."""
-PINNED_SHARE, PINNED_SHARE_COMPILED = 0.25, 0.1
-"""Of the heap that comes and goes: small objects, which the model of it leaves out, keep freed blocks apart. Compiled code
-makes fewer of them."""
+PINNED_SHARE, PINNED_SHARE_COMPILED = 0.2, 0.1
+"""Of the heap that comes and goes: small objects, which the model of it leaves out, keep freed blocks apart. Compiled
+code makes fewer of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
