@@ -25,5 +25,9 @@ class RunCutOffError(RunError):
     """A run whose trainer was ended from outside; the same command goes on with it."""
 
 
+class MemoryLimitError(HydraError):
+    """A run that would take more memory than it may; raised before its first step."""
+
+
 class NotFiniteError(HydraError):
     """A loss or gradient that is not finite; raised before the optimizer moves."""

@@ -49,7 +49,7 @@ class TrainingConfig:
             a `ConfigError` that a person can read).
     """
 
-    preset_name: Literal["debug", "tiny"] = "debug"
+    preset_name: Literal["debug", "tiny", "50M", "100M", "250M", "500M", "750M", "1B", "1.5B"] = "debug"
     """The preset these values started from; given as the parameter `preset`."""
 
     # Data
@@ -95,8 +95,9 @@ class TrainingConfig:
     """Tokens per row."""
     batch_size: PositiveInt = 8
     """Rows per optimizer step, over all micro-batches."""
-    micro_batch_size: PositiveInt = 8
-    """Rows per forward and backward pass; must divide batch_size. Changes memory and rounding, nothing else."""
+    micro_batch_size: Annotated[int, Field(ge=0)] = 8
+    """Rows per forward and backward pass; must divide batch_size. Changes memory and rounding, nothing else. 0: what is
+    fast on the device and fits its memory, chosen once, then kept by the run."""
     max_steps: PositiveInt = 800
     """Optimizer steps of the run."""
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -143,6 +144,12 @@ class TrainingConfig:
     what is faster on the device. Chosen once, then kept by the run."""
     compile_from_step: Annotated[int, Field(ge=0)] | None = 1
     """Finished steps after which blocks run as compiled code (the compiler is waited for); None: never."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """What a block keeps for its backward pass: all it needs, its matrix products (compiled: half of it), or its input
+    alone; the rest is computed again. `auto` keeps what fits the memory. Chosen once, then kept by the run."""
+    memory_limit_mib: Annotated[int, Field(ge=0)] = 0
+    """Most memory the trainer may take, in MiB; 0: nine tenths of what the host allows. What would take more is met by
+    smaller micro-batches and checkpointing where those are left to choose, else refused before the first step."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
     eval_every: PositiveInt = 200
@@ -158,7 +165,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _must(
-            self.batch_size % self.micro_batch_size == 0, "micro_batch_size", "divide batch_size", self.micro_batch_size
+            self.micro_batch_size == 0 or self.batch_size % self.micro_batch_size == 0,
+            "micro_batch_size",
+            "divide batch_size, or be 0",
+            self.micro_batch_size,
         )
         _must(self.d_model % self.n_heads == 0, "n_heads", f"divide d_model={self.d_model}", self.n_heads)
         _must(
@@ -296,6 +306,28 @@ class TrainingConfig:
         return arguments
 
 
+def _size(d_model: int, n_layers: int, head_width: int, n_kv_heads: int, **fields: object) -> Mapping[str, object]:
+    """A preset that is named by its number of parameters, counted with a vocabulary of 32,768.
+
+    A decoder with grouped queries and a feed-forward layer four times as wide as the model, trained on about 20 tokens
+    for each parameter (Hoffmann et al., arXiv 2203.15556, table 3). Micro-batch and checkpointing fit the machine.
+    """
+    return {
+        "d_model": d_model,
+        "n_layers": n_layers,
+        "n_heads": d_model // head_width,
+        "d_feed_forward": 4 * d_model,
+        "attention": "gqa",
+        "attention_options": {"n_kv_heads": n_kv_heads},
+        "vocab_size": 32768,
+        "micro_batch_size": 0,
+        "warmup_steps": 500,
+        "eval_every": 1000,
+        "checkpoint_every": 500,
+        **fields,
+    }
+
+
 PRESETS: Mapping[str, Mapping[str, object]] = {
     # What `make report` trains: 2 CPU cores, a few minutes.
     "debug": {},
@@ -318,6 +350,18 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "dtype": "float32",
         "compile_from_step": None,
     },
+    # By number of parameters.
+    "50M": _size(
+        512, 12, 64, 2, tie_embeddings=True, context_length=1024, batch_size=64, max_steps=15_000, learning_rate=2e-3
+    ),
+    "100M": _size(
+        768, 12, 64, 3, tie_embeddings=True, context_length=1024, batch_size=128, max_steps=15_000, learning_rate=1.5e-3
+    ),
+    "250M": _size(1024, 16, 64, 4, context_length=1024, batch_size=256, max_steps=19_000, learning_rate=1e-3),
+    "500M": _size(1280, 24, 64, 5, context_length=2048, batch_size=128, max_steps=38_000, learning_rate=8e-4),
+    "750M": _size(1536, 26, 128, 3, context_length=2048, batch_size=192, max_steps=38_000, learning_rate=6e-4),
+    "1B": _size(2048, 20, 128, 4, context_length=2048, batch_size=256, max_steps=38_000, learning_rate=5e-4),
+    "1.5B": _size(2304, 24, 128, 6, context_length=2048, batch_size=256, max_steps=57_000, learning_rate=4e-4),
 }
 
 
@@ -332,6 +376,8 @@ ADDED_LATER: Mapping[str, object] = {
     "dtype": "float32",
     "attention_kernel": "scaled_dot_product",
     "compile_from_step": None,
+    "activation_checkpointing": "none",
+    "memory_limit_mib": 0,
 }
 
 # What an engine leaves in a run directory before the trainer has begun.

@@ -16,9 +16,15 @@ TOP_K = 50
 
 @torch.no_grad()
 def evaluate(
-    model: HydraModel, dataset: Dataset, config: TrainingConfig, device: torch.device, is_stopped: Callable[[], bool]
+    model: HydraModel,
+    dataset: Dataset,
+    device: torch.device,
+    *,
+    n_rows: int,
+    n_tokens: int,
+    is_stopped: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Loss over the whole validation text, each token but the first counted once.
+    """Loss over the whole validation text, n_rows rows of n_tokens at a time, each token but the first counted once.
 
     Returns:
         `val_loss_nats`, the mean per token, and `val_bits_per_byte`, the sum over the UTF-8 bytes of the text; None
@@ -28,7 +34,7 @@ def evaluate(
         NotFiniteError: the loss is not finite.
     """
     sum_nats, n_targets = 0.0, 0
-    for batch in dataset.validation_batches(n_rows=config.micro_batch_size, n_tokens=config.context_length):
+    for batch in dataset.validation_batches(n_rows=n_rows, n_tokens=n_tokens):
         if is_stopped():
             return None
         losses = model(*(torch.from_numpy(array).to(device) for array in batch)).losses

@@ -20,14 +20,17 @@ from torch import nn
 
 from hydra.attention.core import choose_kernel
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
-from hydra.errors import ConfigError, HydraError, NotFiniteError
+from hydra.errors import ConfigError, HydraError, MemoryLimitError, NotFiniteError
 from hydra.model.framework import Execution, HydraModel, build_model
 from hydra.optim import MasterWeights, build_optimizers, build_schedule, load_optimizer_tensors, optimizer_tensors
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from hydra.runtime.choices import choose_once, set_up_torch
+from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import FORMAT, logging_to
+from hydra.runtime.memory import MemoryPlan, read_host_memory
+from hydra.runtime.memory.host import reset_peak
+from hydra.runtime.memory.plan import allowed_memory
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 from hydra.runtime.signals import StopRequest
 from scripts.config import TrainingConfig, refuse_difference
@@ -67,6 +70,8 @@ class Trainer:
     model: HydraModel
     masters: MasterWeights
     optimizers: list[torch.optim.Optimizer]
+    plan: MemoryPlan
+    micro_batch_size: int  # rows of one forward and backward pass
     dataset: Dataset
     metrics: MetricsWriter
 
@@ -109,6 +114,8 @@ class Trainer:
                 self._abandon_preparation(self.stop.signal_name)
             self._prepare()
             self.stop.when_received = None
+            # What preparing took is not what training takes.
+            reset_peak()
 
             self._compile_if_due()
             self._evaluate_if_due()
@@ -140,7 +147,37 @@ class Trainer:
             self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
         )
         loss_nats = self.forward_backward(batch)
-        grad_norm = float(nn.utils.clip_grad_norm_(self.masters.named.values(), config.max_gradient_norm))
+        result = self.update_weights(loss_nats)
+
+        self.step += 1
+        self.tokens += batch.n_valid_tokens
+        self.ledger.update(
+            stage="training", step=self.step, tokens=self.tokens, train_flops=self.tokens * self.flops_per_token
+        )
+        return result
+
+    def forward_backward(self, batch: Batch) -> float:
+        """Accumulate the gradient of the mean loss over all valid tokens of the batch; returns that mean in nats.
+
+        Each micro-batch contributes its sum divided by the whole batch's tokens, so how the batch is cut changes
+        rounding and nothing else.
+        """
+        loss_nats = 0.0
+        for start in range(0, len(batch.inputs_BT), self.micro_batch_size):
+            rows = batch.slice_rows(start, start + self.micro_batch_size)
+            output = self.model(*self._to_device(rows))
+            loss = torch.stack(list(output.losses.values())).sum() / batch.n_valid_tokens
+            loss.backward()
+            loss_nats += float(loss.detach())
+        return loss_nats
+
+    def update_weights(self, loss_nats: float) -> StepResult:
+        """Clip the gradient, step every optimizer with it and drop it.
+
+        Raises:
+            NotFiniteError: loss or gradient norm is not finite; nothing has moved.
+        """
+        grad_norm = float(nn.utils.clip_grad_norm_(self.masters.named.values(), self.config.max_gradient_norm))
         if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
             raise NotFiniteError(
                 f"loss and gradient norm must be finite, but got {loss_nats=} and {grad_norm=} in step "
@@ -153,28 +190,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
-
-        self.step += 1
-        self.tokens += batch.n_valid_tokens
-        self.ledger.update(
-            stage="training", step=self.step, tokens=self.tokens, train_flops=self.tokens * self.flops_per_token
-        )
-        return StepResult(loss_nats, grad_norm, share_of_peak * config.learning_rate)
-
-    def forward_backward(self, batch: Batch) -> float:
-        """Accumulate the gradient of the mean loss over all valid tokens of the batch; returns that mean in nats.
-
-        Each micro-batch contributes its sum divided by the whole batch's tokens, so how the batch is cut changes
-        rounding and nothing else.
-        """
-        loss_nats = 0.0
-        for start in range(0, self.config.batch_size, self.config.micro_batch_size):
-            rows = batch.slice_rows(start, start + self.config.micro_batch_size)
-            output = self.model(*self._to_device(rows))
-            loss = torch.stack(list(output.losses.values())).sum() / batch.n_valid_tokens
-            loss.backward()
-            loss_nats += float(loss.detach())
-        return loss_nats
+        return StepResult(loss_nats, grad_norm, share_of_peak * self.config.learning_rate)
 
     # ---------------------------------------------------------------- once in a while
 
@@ -214,7 +230,14 @@ class Trainer:
         began = time.perf_counter()
         self.ledger.update(stage="evaluating")
         self.model.eval()
-        figures = evaluate(self.model, self.dataset, self.config, self.device, lambda: self.stop.is_set)
+        figures = evaluate(
+            self.model,
+            self.dataset,
+            self.device,
+            n_rows=self.micro_batch_size,
+            n_tokens=self.config.context_length,
+            is_stopped=lambda: self.stop.is_set,
+        )
         if figures is None:
             return
         if self.config.sample_tokens:
@@ -269,23 +292,17 @@ class Trainer:
         self.dataset = self._open_data()
         self._vocab_size = int(self.dataset.manifest["tokenizer"]["vocab_size"])
 
+        give_back_freed_memory()
+        choices = self._plan_memory(choices)
         self.ledger.update(stage="building the model")
-        self.model = build_model(
-            self.config.model_spec(self._vocab_size),
-            seed=self.config.seed,
-            device=self.device,
-            execution=Execution(attention_kernel=choices.attention_kernel),
-        )
-        dtype = getattr(torch, choices.dtype)
-        self.masters = MasterWeights(self.model, dtype, self.model.lookup_names())
-        self.optimizers = build_optimizers(self.masters.named, self.config.optimizer_spec(), dtype)
-        self.flops_per_token = self.model.flops_per_token(self.config.context_length)
-        self._schedule = build_schedule(
-            self.config.schedule,
-            max_steps=self.config.max_steps,
-            warmup_steps=self.config.warmup_steps,
-            decay_fraction=self.config.decay_fraction,
-            final_fraction=self.config.final_learning_rate_fraction,
+        self.assemble(
+            build_model(
+                self.config.model_spec(self._vocab_size),
+                seed=self.config.seed,
+                device=self.device,
+                execution=execution_of(choices),
+            ),
+            choices,
         )
         self.ledger.update(n_parameters=self.model.n_parameters())
 
@@ -308,6 +325,52 @@ class Trainer:
         self._step_at_last_log, self._time_at_last_log = self.step, time.perf_counter()
         self.model.train()
 
+    def _plan_memory(self, choices: Choices) -> Choices:
+        """Choose micro-batch and checkpointing so that a step fits the memory, in the run's first session for good.
+
+        Raises:
+            MemoryLimitError: nothing that may be chosen fits, or this machine has less than the run needs.
+        """
+        stored = paths.read_json(self.run_dir / paths.MEMORY_PLAN)
+        if stored and choices.micro_batch_size:
+            self.plan = MemoryPlan.from_dict(stored)
+            limit = allowed_memory(read_host_memory(), self.config.memory_limit_mib)
+            if self.plan.prediction.total > limit.limit_bytes:
+                raise MemoryLimitError(
+                    f"going on with this run takes {self.plan.prediction.total / 2**20:,.0f} MiB, but this machine "
+                    f"allows {limit.limit_bytes / 2**20:,.0f} MiB ({limit.source}); go on where there is more"
+                )
+            return choices
+        self.ledger.update(stage="planning memory")
+        # It pays to import this only here: a resumed run has its plan.
+        from scripts.planning import plan_memory
+
+        self.plan = plan_memory(self.config, choices, self._vocab_size)
+        logger.info("memory: %s", self.plan.describe())
+        paths.write_json(self.run_dir / paths.MEMORY_PLAN, self.plan.to_dict())
+        return settle(
+            self.run_dir,
+            choices,
+            micro_batch_size=self.plan.micro_batch_size,
+            activation_checkpointing=self.plan.activation_checkpointing,
+        )
+
+    def assemble(self, model: HydraModel, choices: Choices) -> None:
+        """Take the freshly initialised float32 `model` to train, and make what updates its weights."""
+        self.model = model
+        self.micro_batch_size = choices.micro_batch_size
+        dtype = getattr(torch, choices.dtype)
+        self.masters = MasterWeights(model, dtype, model.lookup_names())
+        self.optimizers = build_optimizers(self.masters.named, self.config.optimizer_spec(), dtype)
+        self.flops_per_token = model.flops_per_token(self.config.context_length)
+        self._schedule = build_schedule(
+            self.config.schedule,
+            max_steps=self.config.max_steps,
+            warmup_steps=self.config.warmup_steps,
+            decay_fraction=self.config.decay_fraction,
+            final_fraction=self.config.final_learning_rate_fraction,
+        )
+
     def _refuse_other_run(self) -> None:
         """A config.json that was edited after the first checkpoint is another run's."""
         for checkpoint in list_checkpoints(self.run_dir)[-1:]:
@@ -329,12 +392,15 @@ class Trainer:
 
     def _resume(self, directory: Path) -> None:
         """Put weights, optimizer, generator and counters back as they were when the checkpoint was written."""
-        checkpoint = load_checkpoint(directory, groups=("model", "optimizer", "rng"))
+        # One after the other: weights and optimizer need not be there twice at the same time.
+        checkpoint = load_checkpoint(directory, groups=("model", "rng"))
         state = checkpoint.trainer_state
         assert state["data_fingerprint"] == self.dataset.manifest["fingerprint"], state
         self.masters.load_state_dict(dict(checkpoint.tensors["model"]))
-        load_optimizer_tensors(self.masters.named, self.optimizers, checkpoint.tensors["optimizer"])
         torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
+        del checkpoint
+        optimizer = load_checkpoint(directory, groups=("optimizer",))
+        load_optimizer_tensors(self.masters.named, self.optimizers, optimizer.tensors["optimizer"])
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         logger.info("going on from %s", directory)
 
@@ -362,6 +428,13 @@ class Trainer:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def execution_of(choices: Choices) -> Execution:
+    """How the model computes in a run of these choices."""
+    return Execution(
+        attention_kernel=choices.attention_kernel, activation_checkpointing=choices.activation_checkpointing
+    )
 
 
 # -------------------------------------------------------------------- starting it

@@ -5,6 +5,8 @@ from hydra.notebook.figures import (
     show_corpus,
     show_curves,
     show_environment,
+    show_memory,
+    show_plan,
     show_samples,
     show_yardsticks,
 )
@@ -18,6 +20,8 @@ __all__ = [
     "show_corpus",
     "show_curves",
     "show_environment",
+    "show_memory",
+    "show_plan",
     "show_samples",
     "show_yardsticks",
     "watch",

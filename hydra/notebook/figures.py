@@ -3,11 +3,17 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hydra.notebook.markup import Section, escape, facts, figure, format_bytes, format_number, table
+from hydra.notebook.progress import format_duration
 from hydra.runtime import Run
+from hydra.runtime.memory import MemoryPlan
 
+if TYPE_CHECKING:
+    from hydra.runtime.forecast import Forecast
+
+MIB = 2**20
 YARDSTICKS = {
     "unigram_bits_per_byte": "unigram model",
     "bigram_bits_per_byte": "bigram model",
@@ -35,6 +41,16 @@ def show_corpus(run: Run) -> None:
 def show_config(config: Config) -> None:
     """Display every field of the config; what differs from the preset is marked."""
     config_section(json.loads(config.to_json()), config.differences()).show()
+
+
+def show_plan(forecast: "Forecast") -> None:
+    """Display what a run will take before it is started: memory by kind, tokens, time, disk."""
+    plan_section(forecast).show()
+
+
+def show_memory(run: Run) -> None:
+    """Display the memory that was predicted before the first step beside the peak that was measured."""
+    memory_section(run).show()
 
 
 def show_curves(run: Run) -> None:
@@ -99,6 +115,59 @@ def config_section(config: Mapping[str, object], differences: Mapping[str, tuple
     return Section(
         "config", body, said + ": " + ", ".join(f"{name}={value}" for name, (_, value) in differences.items())
     )
+
+
+def plan_section(forecast: "Forecast") -> Section:
+    """See `show_plan`."""
+    plan = forecast.memory
+    fit = f"{plan.prediction.total / MIB:,.0f} of {plan.limit_bytes / MIB:,.0f} MiB ({plan.limit_source})"
+    cut = (
+        f"{plan.n_micro_batches} x {plan.micro_batch_size} rows, "
+        f"activation checkpointing {plan.activation_checkpointing}"
+    )
+    tokens = f"{forecast.n_tokens:,} in {forecast.n_steps:,} steps of {forecast.tokens_per_step:,}"
+    time = format_duration(forecast.seconds)
+    disk = f"{format_bytes(forecast.disk_bytes)}, {forecast.n_checkpoints} checkpoints kept"
+    head = facts(
+        {
+            "parameters": forecast.n_parameters,
+            "peak memory, predicted": fit,
+            "micro-batches": cut,
+            "tokens": tokens,
+            "time, an estimate": f"{time}: {forecast.share_of_rate:.0%} of the {forecast.flops_per_s / 1e9:,.0f} "
+            "GFLOP/s that a matrix product reached here just now; evaluation and compilation come on top",
+            "disk": disk,
+        }
+    )
+    said = f"predicted peak {fit}; {cut}; {tokens} tokens; about {time}; disk {disk}"
+    return Section("plan", head + _memory_table(plan), said)
+
+
+def memory_section(run: Run) -> Section:
+    """See `show_memory`."""
+    stored = run.memory_plan()
+    if stored is None:
+        return _nothing("memory", "No memory has been planned.")
+    predicted = stored.prediction.total / MIB
+    measured = max((_float(record["peak_mem_mib"]) for record in run.metrics() if "peak_mem_mib" in record), default=0)
+    values: dict[str, object] = {"peak memory, predicted": f"{predicted:,.0f} MiB"}
+    said = f"Predicted peak {predicted:,.0f} MiB"
+    if measured:
+        values["peak memory, measured"] = f"{measured:,.0f} MiB"
+        values["predicted over measured"] = f"{predicted / measured:.2f}"
+        said += f", measured {measured:,.0f} MiB: {predicted / measured:.2f} of it"
+    values["allowed"] = f"{stored.limit_bytes / MIB:,.0f} MiB ({stored.limit_source})"
+    return Section("memory", facts(values) + _memory_table(stored), f"{said}.")
+
+
+def _memory_table(plan: MemoryPlan) -> str:
+    rows = [(kind, f"{n_bytes / MIB:,.0f} MiB") for kind, n_bytes in plan.prediction.by_kind().items()]
+    by_kind = table(("at the predicted peak", "size"), rows)
+    tried = [
+        (f"{rung.micro_batch_size} rows, checkpointing {rung.activation_checkpointing}", f"{total / MIB:,.0f} MiB")
+        for rung, total in plan.tried
+    ]
+    return by_kind + (table(("looked at", "predicted peak"), tried) if len(tried) > 1 else "")
 
 
 def curves_section(run: Run) -> Section:
@@ -218,6 +287,7 @@ def environment_section(run: Run) -> Section:
 REPORT_SECTIONS: Sequence[tuple[str, Callable[[Run], Section]]] = (
     ("Corpus", corpus_section),
     ("Curves", curves_section),
+    ("Memory", memory_section),
     ("Samples", samples_section),
     ("Yardsticks", yardsticks_section),
     ("Environment", environment_section),

@@ -27,9 +27,7 @@ class OptimizerSpec:
     muon_weight_decay: float
 
 
-def build_optimizers(
-    named: Mapping[str, nn.Parameter], spec: OptimizerSpec, dtype: torch.dtype = torch.float32
-) -> list[Optimizer]:
+def build_optimizers(named: Mapping[str, nn.Parameter], spec: OptimizerSpec, dtype: torch.dtype) -> list[Optimizer]:
     """Optimizers that step each of the named parameters exactly once.
 
     AdamW: Loshchilov and Hutter, arXiv 1711.05101; Muon: see hydra.optim.muon. Every group keeps its peak rate under

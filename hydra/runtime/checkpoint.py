@@ -91,7 +91,7 @@ def load_checkpoint(directory: Path, groups: tuple[str, ...]) -> Checkpoint:
         files = json.loads((directory / MANIFEST).read_text())["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(_damaged(directory / MANIFEST, f"is no manifest ({error!r})")) from None
-    contents = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     for name in [*(f"{group}.safetensors" for group in groups), TRAINER_STATE]:
         path = directory / name
         if name not in files or not path.is_file():
@@ -99,9 +99,9 @@ def load_checkpoint(directory: Path, groups: tuple[str, ...]) -> Checkpoint:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != files[name]["sha256"]:
             raise CheckpointError(_damaged(path, "has changed since it was written (SHA-256 differs)"))
-        contents[name] = content
-    tensors = {group: load(contents[f"{group}.safetensors"]) for group in groups}
-    return Checkpoint(tensors, json.loads(contents[TRAINER_STATE]))
+        if name != TRAINER_STATE:  # parsed at once: the bytes of one group are held at a time
+            tensors[name.removesuffix(".safetensors")] = load(content)
+    return Checkpoint(tensors, json.loads(content))
 
 
 def _damaged(path: Path, what: str) -> str:

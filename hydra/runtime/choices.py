@@ -4,11 +4,11 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hydra.errors import ConfigError
-from hydra.runtime.environment import describe_session, record_session
+from hydra.runtime.environment import describe_session, record_choices, record_session
 
 logger = logging.getLogger(__name__)
 # glibc's malloc.h
@@ -27,6 +27,10 @@ class Choices:
     """Numbers of matrix products and activations: `float32` or `bfloat16`. (Runs of before had float32.)"""
     attention_kernel: str = "scaled_dot_product"
     """The kernel of softmax attention, as hydra.attention names them."""
+    micro_batch_size: int = 0
+    """Rows of one forward and backward pass; 0 until memory has been planned."""
+    activation_checkpointing: str = "none"
+    """What blocks keep for their backward pass, as hydra.model.framework.Execution names it."""
 
 
 def choose_once(
@@ -52,6 +56,35 @@ def choose_once(
     Raises:
         ConfigError: the run computes on a device that this machine does not have.
     """
+    now, reasons = resolve(
+        device=device,
+        threads=threads,
+        dtype=dtype,
+        attention_kernel=attention_kernel,
+        choose_attention_kernel=choose_attention_kernel,
+    )
+    choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
+    if replace(choices, micro_batch_size=0, activation_checkpointing="none") == now:
+        logger.info("computing with %s (%s)", choices, reasons)
+    else:
+        logger.info("computing with %s (as the run's first session chose)", choices)
+    check_device(choices.device)
+    return choices
+
+
+def resolve(
+    *,
+    device: str,
+    threads: int,
+    dtype: str,
+    attention_kernel: str,
+    choose_attention_kernel: Callable[[str], tuple[str, str]] | None,
+) -> tuple[Choices, str]:
+    """What is asked for, with `auto` resolved on this machine, and the reasons; arguments as those of `choose_once`.
+
+    Raises:
+        ConfigError: it is a device that this machine does not have.
+    """
     import torch
 
     check_device(device)
@@ -67,14 +100,14 @@ def choose_once(
         dtype=resolved_dtype,
         attention_kernel=attention_kernel,
     )
-    choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
-    if choices == now:
-        reasons = f"dtype: {dtype_reason}; attention_kernel: {kernel_reason}"
-    else:
-        reasons = "as the run's first session chose"
-    logger.info("computing with %s (%s)", choices, reasons)
-    check_device(choices.device)
-    return choices
+    return now, f"dtype: {dtype_reason}; attention_kernel: {kernel_reason}"
+
+
+def settle(run_dir: Path, choices: Choices, *, micro_batch_size: int, activation_checkpointing: str) -> Choices:
+    """`choices` with what planning the memory chose, from now on those of the run."""
+    settled = replace(choices, micro_batch_size=micro_batch_size, activation_checkpointing=activation_checkpointing)
+    record_choices(run_dir, asdict(settled))
+    return settled
 
 
 def choose_dtype(device: str) -> tuple[str, str]:
@@ -120,6 +153,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(MALLOPT_MMAP_THRESHOLD, 2**30)
         mallopt(MALLOPT_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library give back what is free at this moment: once, after work of another kind than a training step.
+
+    Preparing the default corpus leaves half a GiB of it. Where the C library is another, nothing happens.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def set_up_torch(choices: Choices, seed: int, compile_cache: Path) -> None:

@@ -60,6 +60,12 @@ def record_session(run_dir: Path, session: Mapping[str, object], choices: Mappin
     return resolved
 
 
+def record_choices(run_dir: Path, choices: Mapping[str, object]) -> None:
+    """Put the run's choices into its environment.json once more, with what could only be chosen later."""
+    path = run_dir / paths.ENVIRONMENT
+    paths.write_json(path, {**paths.read_json(path), "resolved": dict(choices)})
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -10,6 +10,7 @@ from typing import Any
 CONFIG = "config.json"
 STATE = "state.json"
 ENVIRONMENT = "environment.json"
+MEMORY_PLAN = "memory.json"
 MANIFEST = "data.json"
 TOKENIZER = "tokenizer.json"
 METRICS = "metrics.jsonl"

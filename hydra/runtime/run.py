@@ -12,6 +12,7 @@ from hydra.errors import CheckpointError, RunCutOffError, RunError
 from hydra.runtime import paths
 from hydra.runtime.checkpoint import list_checkpoints, load_checkpoint
 from hydra.runtime.ledger import RunStatus, read_status
+from hydra.runtime.memory import MemoryPlan
 from hydra.runtime.records import read_records
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ class Run:
     def manifest(self) -> dict[str, object]:
         """The data manifest: corpus, tokenizer, splits, yardsticks."""
         return paths.read_json(self.directory / paths.MANIFEST)
+
+    def memory_plan(self) -> MemoryPlan | None:
+        """How the run was cut to fit its memory; None before that was planned."""
+        stored = paths.read_json(self.directory / paths.MEMORY_PLAN)
+        return MemoryPlan.from_dict(stored) if stored else None
 
     def environment(self) -> dict[str, object]:
         """Choices resolved at the first start, and the machine and versions of every session."""

@@ -54,6 +54,8 @@ def every_field(corpus: Path, data_dir: Path) -> dict[str, object]:
         "dtype": "bfloat16",
         "attention_kernel": "blocked",
         "compile_from_step": 2,
+        "activation_checkpointing": "full",
+        "memory_limit_mib": 4000,
         "log_every": 2,
         "eval_every": 3,
         "checkpoint_every": 3,

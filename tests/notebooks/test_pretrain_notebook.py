@@ -100,7 +100,7 @@ def test_the_whole_job_and_its_second_call(papermill: Call, tmp_path: Path, corp
     assert len(page.encode()) < 2_000_000
     assert value in soup.find(class_="answer").get_text()
     titles = [heading.get_text() for heading in soup.find_all("h2")]
-    for title in ("Corpus", "Config", "Curves", "Samples", "Yardsticks", "Environment", "How to reproduce it"):
+    for title in ("The plan", "Corpus", "Config", "Curves", "Memory", "Samples", "Yardsticks", "Environment"):
         assert titles.count(title) == 1, titles
     assert [link["href"] for link in soup.nav.find_all("a")] == [f"#{heading['id']}" for heading in soup.find_all("h2")]
     assert "--engine hydra -p preset tiny" in text

@@ -5,17 +5,24 @@ import dataclasses
 from hydra.attention.core import KERNELS
 from hydra.attention.spec import check_known
 
+CHECKPOINTING = ("none", "selective", "full")
+"""What a block keeps of its forward pass for the backward pass; see Execution.activation_checkpointing."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
     """Decided once for a run and kept by it.
 
     Raises:
-        ConfigError: there is no such kernel.
+        ConfigError: there is no such kernel or way of checkpointing.
     """
 
     attention_kernel: str = "scaled_dot_product"
     """One of hydra.attention.core.KERNELS."""
+    activation_checkpointing: str = "none"
+    """What each block keeps for its backward pass. `none`: all that it needs. `selective`: the results of its matrix
+    products; the rest is computed again. `full`: its input alone (Chen et al., arXiv 1604.06174, section 3)."""
 
     def __post_init__(self) -> None:
         check_known("attention_kernel", [self.attention_kernel], KERNELS)
+        check_known("activation_checkpointing", [self.activation_checkpointing], CHECKPOINTING)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra.attention.base import AttentionCache
-from hydra.attention.masks import TokenHistory, build_context
+from hydra.attention.masks import AttentionContext, TokenHistory, build_context
 from hydra.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from hydra.layers.norms import RMSNorm
 from hydra.model.framework.blocks import Block
+from hydra.model.framework.checkpointing import SELECTIVE_BUDGET, run_checkpointed
 from hydra.model.framework.execution import Execution
 from hydra.model.framework.spec import ModelSpec
 
@@ -66,6 +67,9 @@ class HydraModel(nn.Module):
         """
         # Each shape of each model that a process builds is a form of the same code; torch expects fewer.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        if self.execution.activation_checkpointing == "selective":
+            # Read when a block is compiled, and part of the key under which its compiled form is kept.
+            torch._functorch.config.activation_memory_budget = SELECTIVE_BUDGET
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
         self.final_norm.compile(fullgraph=True, dynamic=False)
@@ -104,7 +108,7 @@ class HydraModel(nn.Module):
         for layer_index, block in enumerate(self.typed_blocks()):
             block.attention.prepare(context)
             if cache is None:
-                x_BTD = block(x_BTD, embedded_BTD, context, None)
+                x_BTD = self._run_block(block, x_BTD, embedded_BTD, context)
             else:  # past the compiled form, which is for one shape
                 x_BTD = block.forward(x_BTD, embedded_BTD, context, cache.layers[layer_index])
         x_BTD = self.final_norm(x_BTD) if cache is None else self.final_norm.forward(x_BTD)
@@ -114,6 +118,14 @@ class HydraModel(nn.Module):
             x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), is_compiled=self.is_compiled
         )
         return ModelOutput({"cross_entropy": cross_entropy}, (targets_BT != IGNORE_INDEX).sum(), None)
+
+    def _run_block(self, block: Block, x_BTD: Tensor, embedded_BTD: Tensor, context: AttentionContext) -> Tensor:
+        """One block without a cache, keeping for its backward pass what `execution` says."""
+        kept = self.execution.activation_checkpointing
+        # What a compiled block keeps in between was settled when it was compiled.
+        if not torch.is_grad_enabled() or kept == "none" or (kept == "selective" and self.is_compiled):
+            return block(x_BTD, embedded_BTD, context, None)
+        return run_checkpointed(block, x_BTD, embedded_BTD, context, None, is_selective=kept == "selective")
 
     def new_cache(self, batch_size: int, max_tokens: int) -> ModelCache:
         """An empty cache for max_tokens tokens in each of batch_size rows, on the model's device and in its dtype."""

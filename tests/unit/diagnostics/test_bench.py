@@ -84,6 +84,8 @@ def test_a_busy_machine_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_unknown_part_is_refused() -> None:
-    done = subprocess.run([sys.executable, "-m", "diagnostics.bench", "speed"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "diagnostics.bench", "speed"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "throughput" in done.stderr

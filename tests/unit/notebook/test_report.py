@@ -84,7 +84,15 @@ def test_a_finished_run(make_run: Callable[..., Run], done_status: RunStatus, pl
     }
     assert soup.find(class_="failure") is None
     titles = [heading.get_text() for heading in soup.find_all("h2")]
-    assert titles == ["Status and cost", "First part", "Config", "Yardsticks", "Environment", "How to reproduce it"]
+    assert titles == [
+        "Status and cost",
+        "First part",
+        "Config",
+        "Memory",
+        "Yardsticks",
+        "Environment",
+        "How to reproduce it",
+    ]
     assert [link["href"][1:] for link in soup.nav.find_all("a")] == [heading["id"] for heading in soup.find_all("h2")]
     assert plan.command in [pre.get_text() for pre in soup.find_all("pre")]
     assert soup.find(string=lambda text: "f00d" in text)
@@ -185,7 +193,16 @@ def test_a_failed_run_tells_it_first(make_run: Callable[..., Run], done_status: 
     assert "first line" in told
     assert soup.find(class_="answer").get_text().startswith("No final answer; at step 50 of 50: 1.462 bits per byte")
     titles = [heading.get_text() for heading in soup.find_all("h2")]
-    assert titles[-7:] == ["Config", "Corpus", "Curves", "Samples", "Yardsticks", "Environment", "How to reproduce it"]
+    assert titles[-8:] == [
+        "Config",
+        "Corpus",
+        "Curves",
+        "Memory",
+        "Samples",
+        "Yardsticks",
+        "Environment",
+        "How to reproduce it",
+    ]
 
 
 def test_a_job_that_ended_before_its_run_began(plan: Plan) -> None:

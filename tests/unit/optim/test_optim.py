@@ -94,7 +94,7 @@ def test_each_parameter_is_in_exactly_one_group() -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_optimizers_step_each_parameter_once(kind: str) -> None:
     model = tiny_model()
-    optimizers = build_optimizers(dict(model.named_parameters()), spec(kind))
+    optimizers = build_optimizers(dict(model.named_parameters()), spec(kind), torch.float32)
     grouped = [
         parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
     ]
@@ -112,7 +112,7 @@ def test_optimizers_step_each_parameter_once(kind: str) -> None:
 def test_muon_moves_every_direction_alike() -> None:
     """Jordan et al. 2024: the update is the gradient with its singular values drawn to 1."""
     model = tiny_model()
-    optimizers = build_optimizers(dict(model.named_parameters()), spec("muon"))
+    optimizers = build_optimizers(dict(model.named_parameters()), spec("muon"), torch.float32)
     before = model.blocks[2].weight.detach().clone()
     model.blocks[2].weight.grad = torch.diag(torch.tensor([9.0, 3.0, 1.0, 0.5])) @ torch.eye(4, 8)
     for optimizer in optimizers:
@@ -158,7 +158,7 @@ def test_optimizer_state_goes_round_and_must_fit() -> None:
     def build() -> tuple[dict[str, nn.Parameter], list[torch.optim.Optimizer]]:
         model = tiny_model()
         named = dict(model.named_parameters())
-        optimizers = build_optimizers(named, spec("muon"))
+        optimizers = build_optimizers(named, spec("muon"), torch.float32)
         return named, optimizers
 
     named, optimizers = build()

@@ -1,0 +1,56 @@
+"""What a run will take before it is started: memory, tokens, time, disk."""
+
+from dataclasses import dataclass
+
+from hydra.runtime.memory import MemoryPlan
+
+BYTES_PER_LOGGED_STEP = 900  # a line of metrics.jsonl and the same figures for TensorBoard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Memory as planned; time as an estimate from a rate of matrix products that was measured just now."""
+
+    memory: MemoryPlan
+    n_parameters: int
+    n_steps: int
+    tokens_per_step: int
+    flops_per_token: float
+    flops_per_s: float
+    """Of this machine, at the model's width and in its dtype."""
+    share_of_rate: float
+    """Of that rate, which training reaches."""
+    checkpoint_bytes: int
+    n_checkpoints: int
+    n_logged_steps: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the run trains on."""
+        return self.n_steps * self.tokens_per_step
+
+    @property
+    def seconds(self) -> float:
+        """An estimate of the time that the steps take."""
+        return self.n_tokens * self.flops_per_token / (self.flops_per_s * self.share_of_rate)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Checkpoints that are kept, the one that is being written beside them, and the metrics."""
+        return (self.n_checkpoints + 1) * self.checkpoint_bytes + self.n_logged_steps * BYTES_PER_LOGGED_STEP
+
+
+def measure_matrix_rate(n_rows: int, width: int, dtype: str, seconds: float = 0.2) -> float:
+    """Floating-point operations per second of (n_rows, width) times (width, 4 width) on this process's threads."""
+    import time
+
+    import torch
+
+    x = torch.ones(n_rows, width, dtype=getattr(torch, dtype))
+    weight = torch.ones(width, 4 * width, dtype=x.dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        x @ weight
+        best = min(best, time.perf_counter() - began)
+    return 2 * n_rows * width * 4 * width / best

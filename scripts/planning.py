@@ -1,0 +1,278 @@
+"""What memory a run will take, and how it is cut to fit: hydra.runtime.memory, bound to `TrainingConfig` and `Trainer`.
+
+B rows of a micro-batch, T tokens, D model width.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from hydra.attention.core import choose_kernel
+from hydra.data import Batch
+from hydra.errors import MemoryLimitError
+from hydra.model.framework import HydraModel
+from hydra.model.framework.checkpointing import SELECTIVE_BUDGET
+from hydra.model.framework.execution import CHECKPOINTING
+from hydra.runtime import paths, workspace_root
+from hydra.runtime.choices import Choices, resolve
+from hydra.runtime.forecast import Forecast, measure_matrix_rate
+from hydra.runtime.memory import HostMemory, MemoryPlan, Prediction, read_host_memory
+from hydra.runtime.memory.compiled import Region, StandIn, map_tensors, trace_region
+from hydra.runtime.memory.plan import (
+    MIB,
+    Rung,
+    allowed_memory,
+    build_ladder,
+    cached_prediction,
+    digest_of,
+    find_rung,
+    predict,
+)
+from hydra.runtime.memory.tracker import Rehearsal
+from scripts.config import TrainingConfig
+
+MICRO_BATCH_TOKENS = 4096
+"""Tokens of a micro-batch that is left to choose: more do not make matrix products faster on a CPU, whose caches then
+no longer hold what goes from one layer to the next. A GPU takes all that fits."""
+SHARE_OF_RATE = 0.6
+"""Of the rate of a matrix product alone, which a training step reaches on a CPU (55 to 75 % were measured)."""
+PLANS = "memory-plans"  # under data_dir, shared by runs
+SOURCES = [Path(__file__).parents[1] / name for name in ("hydra", "scripts/trainer.py", "scripts/planning.py")]
+
+
+def plan_memory(
+    config: TrainingConfig, choices: Choices, vocab_size: int, host: HostMemory | None = None
+) -> MemoryPlan:
+    """The first rung of the ladder whose predicted peak this machine allows.
+
+    Args:
+        choices: device, dtype and kernel; what it says of memory is not read.
+        host: left out, this machine.
+    Raises:
+        MemoryLimitError: naming need, limit and the nearest config that would fit.
+    """
+    limit = allowed_memory(host or read_host_memory(), config.memory_limit_mib)
+    ladder = build_ladder(_micro_batch_sizes(config, choices.device), _checkpointing(config))
+    predictions: dict[Rung, Prediction] = {}
+
+    def total_of(rung: Rung) -> int:
+        predictions[rung] = predict_peak(config, choices, vocab_size, rung)
+        return predictions[rung].total
+
+    rung, tried = find_rung(ladder, total_of, limit.limit_bytes)
+    if rung is None:
+        least = min(tried, key=lambda one: tried[one])
+        raise MemoryLimitError(
+            f"a training step must take at most {limit.limit_bytes / MIB:,.0f} MiB ({limit.source}), but needs "
+            f"{tried[least] / MIB:,.0f} MiB with micro_batch_size={least.micro_batch_size} and "
+            f"activation_checkpointing={least.activation_checkpointing}; "
+            f"{_nearest_that_fits(config, choices, vocab_size, limit.limit_bytes)}"
+        )
+    return MemoryPlan(
+        micro_batch_size=rung.micro_batch_size,
+        n_micro_batches=config.batch_size // rung.micro_batch_size,
+        activation_checkpointing=rung.activation_checkpointing,
+        prediction=predictions[rung],
+        limit_bytes=limit.limit_bytes,
+        limit_source=limit.source,
+        tried=tuple(tried.items()),
+    )
+
+
+def predict_peak(config: TrainingConfig, choices: Choices, vocab_size: int, rung: Rung) -> Prediction:
+    """The peak of a training step on this rung; kept under data_dir for the next one who asks."""
+    n_micro_batches = min(2, config.batch_size // rung.micro_batch_size)
+    is_compiled = config.compile_from_step is not None
+    depends_on = {
+        "model": config.model_spec(vocab_size).to_dict(),
+        "optimizer": dataclasses.asdict(config.optimizer_spec()),
+        "execution": [choices.dtype, choices.attention_kernel, is_compiled],
+        "shape": [rung.micro_batch_size, n_micro_batches, config.context_length],
+        "activation_checkpointing": rung.activation_checkpointing,
+        "torch": torch.__version__,
+    }
+    on_rung = dataclasses.replace(choices, **dataclasses.asdict(rung))
+    return cached_prediction(
+        workspace_root() / config.data_dir / PLANS,
+        digest_of(depends_on, SOURCES),
+        lambda: predict(rehearse(config, on_rung, vocab_size), is_compiled=is_compiled),
+    )
+
+
+def _micro_batch_sizes(config: TrainingConfig, device: str) -> list[int]:
+    if config.micro_batch_size:
+        return [config.micro_batch_size]
+    most = max(1, MICRO_BATCH_TOKENS // config.context_length) if device == "cpu" else config.batch_size
+    return [size for size in range(1, most + 1) if config.batch_size % size == 0]
+
+
+def _checkpointing(config: TrainingConfig) -> tuple[str, ...]:
+    return CHECKPOINTING if config.activation_checkpointing == "auto" else (config.activation_checkpointing,)
+
+
+def _nearest_that_fits(config: TrainingConfig, choices: Choices, vocab_size: int, limit_bytes: int) -> str:
+    """In words: what is left to choose, then shorter rows, then fewer blocks; the first that fits."""
+
+    def fits(**fields: Any) -> bool:
+        changed = dataclasses.replace(config, micro_batch_size=0, activation_checkpointing="auto", **fields)
+        return predict_peak(changed, choices, vocab_size, Rung(1, "full")).total <= limit_bytes
+
+    if fits():
+        return "micro_batch_size=0 with activation_checkpointing=auto would fit"
+    for context_length in (config.context_length // 2, config.context_length // 4):
+        if context_length >= 128 and fits(context_length=context_length):
+            return f"context_length={context_length} would fit (micro_batch_size=0, activation_checkpointing=auto)"
+    low, high = 0, config.n_layers  # high blocks do not fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(n_layers=middle) else (low, middle)
+    if low:
+        return f"n_layers={low} would fit (micro_batch_size=0, activation_checkpointing=auto)"
+    return "no number of blocks would fit: take a smaller d_model or vocabulary, or a machine with more memory"
+
+
+def forecast(config: TrainingConfig, run_dir: Path | None = None) -> Forecast:
+    """What a run of `config` will take; of a run that is there already, the plan that it keeps.
+
+    Nothing is started or written but the cache of predictions under data_dir.
+
+    Raises:
+        MemoryLimitError: it would not fit this machine.
+    """
+    stored = paths.read_json(run_dir / paths.MEMORY_PLAN) if run_dir else {}
+    vocab_size = _vocab_size(config, run_dir)
+    choices = resolve(
+        device=config.device,
+        threads=config.threads,
+        dtype=config.dtype,
+        attention_kernel=config.attention_kernel,
+        choose_attention_kernel=lambda device: choose_kernel(device, config.context_length),
+    )[0]
+    memory = MemoryPlan.from_dict(stored) if stored else plan_memory(config, choices, vocab_size)
+    with torch.device("meta"):
+        model = HydraModel(config.model_spec(vocab_size))
+    n_parameters = model.n_parameters()
+    return Forecast(
+        memory=memory,
+        n_parameters=n_parameters,
+        n_steps=config.max_steps,
+        tokens_per_step=config.batch_size * config.context_length,
+        flops_per_token=model.flops_per_token(config.context_length),
+        flops_per_s=measure_matrix_rate(memory.micro_batch_size * config.context_length, config.d_model, choices.dtype),
+        share_of_rate=SHARE_OF_RATE,
+        checkpoint_bytes=4 * n_parameters + memory.prediction.optimizer,
+        n_checkpoints=config.keep_checkpoints,
+        n_logged_steps=config.max_steps // config.log_every,
+    )
+
+
+def _vocab_size(config: TrainingConfig, run_dir: Path | None) -> int:
+    """Of the run's tokenizer where it is known, else what it will have at most."""
+    manifest = paths.read_json(run_dir / paths.MANIFEST) if run_dir else {}
+    if manifest:
+        return int(manifest["tokenizer"]["vocab_size"])
+    if config.tokenizer in ("bytes", "characters"):
+        return 257  # of other characters than ASCII there may be more; a table of them is small
+    path = workspace_root() / config.tokenizer
+    if path.is_file():
+        return int(Tokenizer.from_file(str(path)).get_vocab_size())
+    return config.vocab_size
+
+
+def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehearsal:
+    """Run the trainer's own code for an optimizer step and the next gradient on tensors that take no memory.
+
+    The optimizer's state is then there, as in every step but the first; of a step with many micro-batches two are run,
+    since the first makes the gradients that the others add to.
+    """
+    from scripts.trainer import Trainer, execution_of  # it plans its memory by this module
+
+    with torch.device("meta"):
+        model = HydraModel(config.model_spec(vocab_size), execution_of(choices))
+    trainer = Trainer(config, ".")
+    trainer.device = torch.device("cpu")
+    one = blank_batch(choices.micro_batch_size, config.context_length)
+    two = blank_batch(min(2 * choices.micro_batch_size, config.batch_size), config.context_length)
+    rehearsal = Rehearsal()
+    with rehearsal.running():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+        trainer.assemble(model, choices)
+        model.train()
+        with _as_if_compiled(model, rehearsal) if config.compile_from_step is not None else contextlib.nullcontext():
+            rehearsal.begin("forward")
+            trainer.forward_backward(one)
+            rehearsal.begin("optimizer")
+            trainer.update_weights(0.0)
+            rehearsal.begin("forward")
+            trainer.forward_backward(two)
+    return rehearsal
+
+
+def blank_batch(n_rows: int, n_tokens: int) -> Batch:
+    """A batch of one document a row: memory does not depend on what the tokens are."""
+    ids_BT = np.zeros((n_rows, n_tokens), dtype=np.int64)
+    return Batch(ids_BT, ids_BT, ids_BT)
+
+
+@contextlib.contextmanager
+def _as_if_compiled(model: HydraModel, rehearsal: Rehearsal) -> Iterator[None]:
+    """Within it the model allocates as its compiled form does; all blocks share one trace."""
+    regions: list[Region] = []
+    is_selective = model.execution.activation_checkpointing == "selective"
+
+    def run(block: nn.Module, *arguments: Any) -> Tensor:
+        tensors = _tensors_of(arguments)
+        if not regions:
+            with rehearsal.paused(), mock.patch.object(block, "forward", type(block).forward.__get__(block)):
+                regions.append(_trace_block(block, arguments, SELECTIVE_BUDGET if is_selective else 1.0))
+        return StandIn.apply(regions[0], tensors[0], *block.parameters(), *tensors)
+
+    for block in model.typed_blocks():
+        block.forward = functools.partial(run, block)  # type: ignore[method-assign]
+    model.is_compiled = True
+    loss = importlib.import_module("hydra.kernels.linear_cross_entropy")
+    with mock.patch.object(loss, "_compiled_loss_and_gradient", return_value=_fused_loss):
+        yield
+
+
+def _fused_loss(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """What the compiled element-wise part of the loss leaves: a number, and the gradient of the logits."""
+    return logits_CV.new_zeros((), dtype=torch.float32), torch.empty_like(logits_CV)
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, collect)
+    return found
+
+
+def _trace_block(block: nn.Module, arguments: tuple[Any, ...], memory_budget: float) -> Region:
+    class OfTensors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *tensors: Tensor) -> Tensor:
+            given = iter(tensors)
+            return self.block(*map_tensors(arguments, lambda _: next(given)))
+
+    inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in _tensors_of(arguments)]
+    with torch.enable_grad():
+        return trace_region(OfTensors(), inputs, memory_budget)

@@ -1,0 +1,158 @@
+"""Plans of real configs: presets, monotony, refusal, and what the trainer makes of a plan."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hydra.attention.core import choose_kernel
+from hydra.errors import MemoryLimitError
+from hydra.model.framework import HydraModel
+from hydra.runtime import Run
+from hydra.runtime.choices import Choices
+from hydra.runtime.memory import HostMemory
+from hydra.runtime.memory.plan import Rung
+from scripts import planning
+from scripts.config import PRESETS, TrainingConfig
+from scripts.planning import forecast, plan_memory, predict_peak
+from scripts.trainer import Trainer
+
+GIB = 2**30
+SIZES = {"50M": 50e6, "100M": 100e6, "250M": 250e6, "500M": 500e6, "750M": 750e6, "1B": 1e9, "1.5B": 1.5e9}
+EAGER = Choices(device="cpu", threads=1, dtype="bfloat16", attention_kernel="blocked")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("plans"))
+
+
+def config_of(data_dir: str, **fields: Any) -> TrainingConfig:
+    """Few operators, so that a rehearsal takes a fraction of a second."""
+    small: dict[str, Any] = {"attention": "gqa", "d_model": 64, "d_feed_forward": 256, "context_length": 64}
+    return TrainingConfig.preset("tiny", **{"data_dir": data_dir, **small, "batch_size": 8, **fields})
+
+
+def total(config: TrainingConfig, micro_batch_size: int = 8, kept: str = "none") -> int:
+    return predict_peak(config, EAGER, config.vocab_size, Rung(micro_batch_size, kept)).total
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_presets_have_the_parameters_they_are_named_for(name: str) -> None:
+    with torch.device("meta"):
+        model = HydraModel(TrainingConfig.preset(name).model_spec())
+    assert model.n_parameters() == pytest.approx(SIZES[name], rel=0.05)
+
+
+def test_presets_have_plans_that_grow_with_them(data_dir: str) -> None:
+    assert set(PRESETS) - set(SIZES) == {"debug", "tiny"}
+    totals = []
+    for name in SIZES:
+        # One block is enough: all are alike, and rehearsing every one takes seconds.
+        config = TrainingConfig.preset(name, data_dir=data_dir, compile_from_step=None, n_layers=1)
+        choices = dataclasses.replace(EAGER, attention_kernel=choose_kernel("cpu", config.context_length)[0])
+        plan = plan_memory(config, choices, config.vocab_size, HostMemory(10**15, "test"))
+        assert plan.micro_batch_size * config.context_length == planning.MICRO_BATCH_TOKENS
+        assert plan.micro_batch_size * plan.n_micro_batches == config.batch_size
+        totals.append(plan.prediction.total)
+    assert totals == sorted(totals)
+
+
+def test_memory_grows_with_rows_depth_and_length_and_falls_with_checkpointing(data_dir: str) -> None:
+    config = config_of(data_dir)
+    assert total(config, 2) < total(config, 4) < total(config, 8)
+    assert total(config) < total(config_of(data_dir, n_layers=3)) < total(config_of(data_dir, n_layers=4))
+    lengths = [total(config_of(data_dir, context_length=n)) for n in (32, 64, 128)]
+    assert lengths == sorted(set(lengths))
+    deep = config_of(data_dir, n_layers=4)
+    assert total(deep, kept="full") < total(deep, kept="selective") < total(deep)
+
+
+def test_compiled_blocks_take_less_and_the_budget_less_again(data_dir: str) -> None:
+    eager, compiled = config_of(data_dir, n_layers=4), config_of(data_dir, n_layers=4, compile_from_step=0)
+
+    def activations(config: TrainingConfig, kept: str) -> int:
+        prediction = predict_peak(config, EAGER, config.vocab_size, Rung(8, kept))
+        return prediction.total - prediction.process
+
+    assert activations(compiled, "none") < activations(eager, "none")
+    assert activations(compiled, "full") < activations(compiled, "selective") < activations(compiled, "none")
+
+
+def test_predictions_are_kept(data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(data_dir, d_model=32)
+    first = total(config)
+    monkeypatch.setattr(planning, "rehearse", None)
+    assert total(config) == first
+    with pytest.raises(TypeError):
+        total(config_of(data_dir, d_model=96))
+
+
+def test_what_does_not_fit_is_cut_smaller_then_computed_again_then_refused(data_dir: str) -> None:
+    config = config_of(data_dir, n_layers=4, micro_batch_size=0)
+    largest, small, full = total(config), total(config, 1), total(config, 1, "full")
+
+    def plan(limit: int, **fields: Any) -> Any:
+        return plan_memory(
+            dataclasses.replace(config, **fields), EAGER, config.vocab_size, HostMemory(int(limit / 0.9) + 1, "test")
+        )
+
+    assert plan(largest).micro_batch_size == 8
+    assert (plan(largest - 1).activation_checkpointing, plan(largest - 1).micro_batch_size < 8) == ("none", True)
+    assert plan(small).n_micro_batches == 8
+    assert plan(small - 1).activation_checkpointing != "none"
+    assert plan(full).activation_checkpointing == "full"
+    with pytest.raises(MemoryLimitError, match=r"takes? at most .* MiB \(test\), but needs .* would fit"):
+        plan(full - 1)
+    with pytest.raises(MemoryLimitError, match="micro_batch_size=0 with activation_checkpointing=auto would fit"):
+        plan(full + 1, micro_batch_size=8, activation_checkpointing="none")
+    with pytest.raises(MemoryLimitError, match=r"(n_layers|context_length)=\d+ would fit"):
+        plan(total(config_of(data_dir, n_layers=1), 1, "full") + 2**16)
+
+
+def test_the_run_keeps_its_plan(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = make_run("plan", micro_batch_size=0, max_steps=6, eval_every=6, checkpoint_every=3)
+    config = TrainingConfig.from_json((run_dir / "config.json").read_text())
+    trainer = Trainer(config, run_dir)
+    trainer.train()
+    plan = Run.open(run_dir).memory_plan()
+    assert plan is not None and plan == trainer.plan
+    resolved = json.loads((run_dir / "environment.json").read_text())["resolved"]
+    assert (resolved["micro_batch_size"], resolved["activation_checkpointing"]) == (4, "none")
+    assert forecast(config, run_dir).memory == plan
+    peak = max(record.get("peak_mem_mib", 0) for record in Run.open(run_dir).metrics())
+    assert peak > plan.prediction.parameters / 2**20
+
+    # A second session takes it from the run, whatever would be chosen now, and says when the machine is too small.
+    state = json.loads((run_dir / "state.json").read_text())
+    (run_dir / "state.json").write_text(json.dumps({**state, "status": "interrupted"}))
+    monkeypatch.setattr(planning, "plan_memory", None)
+    again = Trainer(config, run_dir)
+    again.train()
+    assert again.plan == plan
+    (run_dir / "state.json").write_text(json.dumps({**state, "status": "interrupted"}))
+    monkeypatch.setattr("scripts.trainer.read_host_memory", lambda: HostMemory(2**20, "test"))
+    with pytest.raises(MemoryLimitError, match="go on where there is more"):
+        Trainer(config, run_dir).train()
+
+
+def test_a_run_that_cannot_fit_ends_before_its_first_step(make_run: Callable[..., Path]) -> None:
+    run_dir = make_run("too-big", memory_limit_mib=100)
+    config = TrainingConfig.from_json((run_dir / "config.json").read_text())
+    with pytest.raises(MemoryLimitError, match="memory_limit_mib"):
+        Trainer(config, run_dir).train()
+    status = Run.open(run_dir).status()
+    assert (status.status, status.step, status.cause) == ("failed", 0, "MemoryLimitError")
+
+
+def test_forecast_counts_tokens_time_and_disk(data_dir: str) -> None:
+    config = config_of(data_dir, max_steps=100)
+    told = forecast(config)
+    assert told.n_tokens == 100 * 8 * 64
+    assert told.seconds == pytest.approx(told.n_tokens * told.flops_per_token / (told.flops_per_s * 0.6))
+    assert 8 * told.n_parameters < told.checkpoint_bytes <= 13 * told.n_parameters
+    assert told.disk_bytes > 3 * told.checkpoint_bytes
