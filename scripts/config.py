@@ -85,8 +85,6 @@ class TrainingConfig:
     """Whether the output head shares the embedding's weights."""
     zero_init: bool = True
     """Whether what adds to the residual stream starts at zero (Yang et al., arXiv 2203.03466, D.2), not at random."""
-    embedding_skip: bool = False
-    """Whether each block mixes the token's embedding into its input by two learned scalars (modded-nanogpt 2024)."""
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-6
     """Added to the mean square inside RMSNorm."""
 
@@ -270,7 +268,6 @@ class TrainingConfig:
             tie_embeddings=self.tie_embeddings,
             norm_eps=self.norm_eps,
             zero_init=self.zero_init,
-            embedding_skip=self.embedding_skip,
         )
 
     def optimizer_spec(self) -> "OptimizerSpec":
@@ -318,7 +315,7 @@ def _size(d_model: int, n_layers: int, head_width: int, n_kv_heads: int, **field
         "n_heads": d_model // head_width,
         "d_feed_forward": 4 * d_model,
         "attention": "gqa",
-        "attention_options": {"n_kv_heads": n_kv_heads},
+        "attention_options": {"n_kv_heads": n_kv_heads, "qk_norm": True},
         "vocab_size": 32768,
         "micro_batch_size": 0,
         "warmup_steps": 500,
@@ -368,7 +365,6 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 # Fields that came later, with the values under which a run of before computes as it did.
 ADDED_LATER: Mapping[str, object] = {
     "zero_init": False,
-    "embedding_skip": False,
     "optimizer": "adamw",
     "muon_learning_rate": 0.02,
     "muon_momentum": 0.95,

@@ -3,7 +3,6 @@
 B batch, T tokens, D model width.
 """
 
-import torch
 from torch import Tensor, nn
 
 from hydra.attention import build_attention
@@ -17,17 +16,10 @@ FEED_FORWARD_CLASSES: dict[str, type[SwiGLU] | type[SquaredReLU]] = {"squared_re
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)).
-
-    With embedding_skip, x is first a x + b e, where e is the token's embedding and a, b are learned scalars that start
-    at 1 and 0 (Jordan et al., modded-nanogpt 2024).
-    """
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, spec: ModelSpec, layer_index: int) -> None:
         super().__init__()
-        if spec.embedding_skip:
-            self.skip_mix = nn.Parameter(torch.empty(2))
-        self.has_skip = spec.embedding_skip
         self.attention_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
         self.attention = build_attention(
             spec.attention,
@@ -40,12 +32,8 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
         self.feed_forward = FEED_FORWARD_CLASSES[spec.feed_forward](spec.d_model, spec.d_feed_forward)
 
-    def forward(
-        self, x_BTD: Tensor, embedded_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
         """Map (B, T, D) to (B, T, D); the context is that of this forward pass, the cache that of this layer."""
-        if self.has_skip:
-            x_BTD = self.skip_mix[0] * x_BTD + self.skip_mix[1] * embedded_BTD
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context, cache=cache)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 

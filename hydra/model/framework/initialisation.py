@@ -34,11 +34,6 @@ def fill_residual(values: Tensor, generator: torch.Generator, spec: ModelSpec) -
         values.normal_(0.0, STANDARD_DEVIATION / math.sqrt(2 * spec.n_layers), generator=generator)
 
 
-def fill_skip(values: Tensor, generator: torch.Generator, spec: ModelSpec) -> None:
-    """All of the stream, none of the embedding."""
-    values.copy_(torch.tensor([1.0, 0.0]))
-
-
 def fill_zeros(values: Tensor, generator: torch.Generator, spec: ModelSpec) -> None:
     """Zeros."""
     values.zero_()
@@ -53,7 +48,6 @@ INITIALISATION: tuple[tuple[str, Rule], ...] = (
     (r"embedding\.weight", fill_normal),
     (r"head\.weight", fill_normal),
     (r"final_norm\.weight", fill_ones),
-    (r"blocks\.\d+\.skip_mix", fill_skip),
     (r"blocks\.\d+\.(attention|feed_forward)_norm\.weight", fill_ones),
     (r"blocks\.\d+\.attention\.(q|k|v|v_previous)_proj\.weight", fill_normal),
     (r"blocks\.\d+\.attention\.o_proj\.weight", fill_residual),

@@ -98,7 +98,7 @@ class HydraModel(nn.Module):
             ConfigError: the cache is too small, or its document ids are incomplete.
         """
         # The table may be in higher precision than the blocks.
-        embedded_BTD = x_BTD = self.embedding(inputs_BT).to(self.final_norm.weight.dtype)
+        x_BTD = self.embedding(inputs_BT).to(self.final_norm.weight.dtype)
         context = build_context(
             x_BTD,
             document_ids_BT=document_ids_BT,
@@ -108,9 +108,9 @@ class HydraModel(nn.Module):
         for layer_index, block in enumerate(self.typed_blocks()):
             block.attention.prepare(context)
             if cache is None:
-                x_BTD = self._run_block(block, x_BTD, embedded_BTD, context)
+                x_BTD = self._run_block(block, x_BTD, context)
             else:  # past the compiled form, which is for one shape
-                x_BTD = block.forward(x_BTD, embedded_BTD, context, cache.layers[layer_index])
+                x_BTD = block.forward(x_BTD, context, cache.layers[layer_index])
         x_BTD = self.final_norm(x_BTD) if cache is None else self.final_norm.forward(x_BTD)
         if targets_BT is None:
             return ModelOutput({}, None, F.linear(x_BTD, self.head_weight))
@@ -119,13 +119,13 @@ class HydraModel(nn.Module):
         )
         return ModelOutput({"cross_entropy": cross_entropy}, (targets_BT != IGNORE_INDEX).sum(), None)
 
-    def _run_block(self, block: Block, x_BTD: Tensor, embedded_BTD: Tensor, context: AttentionContext) -> Tensor:
+    def _run_block(self, block: Block, x_BTD: Tensor, context: AttentionContext) -> Tensor:
         """One block without a cache, keeping for its backward pass what `execution` says."""
         kept = self.execution.activation_checkpointing
         # What a compiled block keeps in between was settled when it was compiled.
         if not torch.is_grad_enabled() or kept == "none" or (kept == "selective" and self.is_compiled):
-            return block(x_BTD, embedded_BTD, context, None)
-        return run_checkpointed(block, x_BTD, embedded_BTD, context, None, is_selective=kept == "selective")
+            return block(x_BTD, context, None)
+        return run_checkpointed(block, x_BTD, context, None, is_selective=kept == "selective")
 
     def new_cache(self, batch_size: int, max_tokens: int) -> ModelCache:
         """An empty cache for max_tokens tokens in each of batch_size rows, on the model's device and in its dtype."""

@@ -41,15 +41,13 @@ class ModelSpec:
     """Added to the mean square in every RMSNorm."""
     zero_init: bool = False
     """Whether what adds to the residual stream starts at zero, so that every block starts as the identity."""
-    embedding_skip: bool = False
-    """Whether each block mixes the embedding into its input, by two learned scalars."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_feed_forward"):
             check_int(name, getattr(self, name))
         check_known("feed_forward", [self.feed_forward], FEED_FORWARDS)
         check_float("norm_eps", self.norm_eps, above=0.0, up_to=1.0)
-        for name in ("tie_embeddings", "zero_init", "embedding_skip"):
+        for name in ("tie_embeddings", "zero_init"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name} must be True or False, but got {name}={getattr(self, name)!r}")
         if not isinstance(self.attention_options, Mapping):
@@ -69,8 +67,8 @@ class ModelSpec:
         """Build from what to_dict gave; ConfigError for an unknown or missing field, or a value that cannot be."""
         names = [field.name for field in dataclasses.fields(cls)]
         check_known("model field", mapping, names)
-        # The last two came later: what was built before has neither.
-        missing = [name for name in names if name not in mapping and name not in ("zero_init", "embedding_skip")]
+        # zero_init came later, and how a model began does not matter to what was built before.
+        missing = [name for name in names if name not in mapping and name != "zero_init"]
         if missing:
             raise ConfigError(f"a model must have the fields {', '.join(names)}, but got none of {', '.join(missing)}")
         return cls(**mapping)

@@ -1,4 +1,4 @@
-"""The benchmark's own parts: equal costs, a peer that is what it says, a gate that holds, a busy machine that is refused."""
+"""The benchmark's own parts: equal costs, a peer that is what it says, a gate that holds, a busy machine refused."""
 
 import subprocess
 import sys
