@@ -105,7 +105,9 @@ def predict_peak(config: TrainingConfig, choices: Choices, vocab_size: int, rung
     return cached_prediction(
         workspace_root() / config.data_dir / PLANS,
         digest_of(depends_on, SOURCES),
-        lambda: predict(rehearse(config, on_rung, vocab_size), is_compiled=is_compiled),
+        lambda: predict(
+            rehearse(config, on_rung, vocab_size), is_compiled=is_compiled, is_accumulating=n_micro_batches > 1
+        ),
     )
 
 

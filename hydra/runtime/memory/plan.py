@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 # Measured with torch 2.13.0 and glibc 2.36 (diagnostics/memory_accuracy.py calibration), in bytes:
-IMPORTS = 345 * MIB
+IMPORTS = 340 * MIB
 """Resident before the first step, less the model: interpreter, torch, TensorBoard."""
 LIBRARIES = 50 * MIB
 """oneDNN's and MKL's code as it is read in, generated kernels and their scratch memory."""
-COMPILER = 100 * MIB
+COMPILER = 90 * MIB
 """torch's compiler and what it leaves behind."""
-PINNED_SHARE, PINNED_SHARE_COMPILED = 0.2, 0.1
-"""Of the heap that comes and goes: small objects, which the model of it leaves out, keep freed blocks apart. Compiled
-code makes fewer of them."""
+PINNED_SHARE, PINNED_SHARE_ACCUMULATING, PINNED_SHARE_COMPILED = 0.25, 0.35, 0.1
+"""Of the heap that comes and goes: small objects, which the model of it leaves out, keep freed blocks apart. Several
+micro-batches in a step leave more of them, compiled code makes fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +51,21 @@ class Prediction:
         return dataclasses.asdict(self)
 
 
-def predict(rehearsal: "Rehearsal", *, is_compiled: bool) -> Prediction:
-    """The peak of a process that does on real memory what was rehearsed."""
+def predict(rehearsal: "Rehearsal", *, is_compiled: bool, is_accumulating: bool) -> Prediction:
+    """The peak of a process that does on real memory what was rehearsed.
+
+    Args:
+        is_compiled: blocks run as compiled code.
+        is_accumulating: a step has more than one micro-batch.
+    """
     from hydra.runtime.memory.allocator import resident_peak
     from hydra.runtime.memory.tracker import peak_by_kind
 
     kinds = peak_by_kind(rehearsal.blocks)
     resident = resident_peak(rehearsal.blocks)
     lasting = kinds["parameters"] + kinds["gradients"] + kinds["optimizer"]
-    heap = resident + int((PINNED_SHARE_COMPILED if is_compiled else PINNED_SHARE) * (resident - lasting))
+    share = PINNED_SHARE_ACCUMULATING if is_accumulating else PINNED_SHARE
+    heap = resident + int((PINNED_SHARE_COMPILED if is_compiled else share) * (resident - lasting))
     return Prediction(
         **kinds,
         allocator=max(0, heap - sum(kinds.values())),

@@ -1,5 +1,6 @@
 """What was chosen once stays chosen, and what cannot be had is an error."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from hydra.errors import ConfigError
 from hydra.runtime import paths
-from hydra.runtime.choices import check_device, choose_dtype, choose_once
+from hydra.runtime.choices import check_device, choose_dtype, choose_once, settle
 
 
 def test_the_first_session_decides_and_every_session_is_recorded(tmp_path: Path) -> None:
@@ -16,8 +17,13 @@ def test_the_first_session_decides_and_every_session_is_recorded(tmp_path: Path)
     assert again == first
     environment = paths.read_json(tmp_path / paths.ENVIRONMENT)
     expected = {"device": "cpu", "threads": 1, "dtype": "float32", "attention_kernel": "blocked"}
-    assert environment["resolved"] == expected
-    assert [session["packages"]["torch"] for session in environment["sessions"]] == [torch.__version__] * 2
+    not_planned_yet = {"micro_batch_size": 0, "activation_checkpointing": "none"}
+    assert environment["resolved"] == {**expected, **not_planned_yet}
+    settle(tmp_path, first, micro_batch_size=2, activation_checkpointing="full")
+    planned = choose_once(tmp_path, device="cpu", threads=2, dtype="float32", attention_kernel="blocked")
+    assert planned == replace(first, micro_batch_size=2, activation_checkpointing="full")
+    environment = paths.read_json(tmp_path / paths.ENVIRONMENT)
+    assert [session["packages"]["torch"] for session in environment["sessions"]] == [torch.__version__] * 3
 
 
 def test_auto_is_resolved_and_the_reason_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
