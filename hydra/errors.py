@@ -27,3 +27,7 @@ class RunCutOffError(RunError):
 
 class NotFiniteError(HydraError):
     """A loss or gradient that is not finite; raised before the optimizer moves."""
+
+
+class QuantisationError(HydraError):
+    """A model that loses more by coarser weights than was allowed."""
