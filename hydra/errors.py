@@ -31,3 +31,7 @@ class MemoryLimitError(HydraError):
 
 class NotFiniteError(HydraError):
     """A loss or gradient that is not finite; raised before the optimizer moves."""
+
+
+class QuantisationError(HydraError):
+    """A model that loses more by coarser weights than was allowed."""

@@ -5,7 +5,9 @@ B batch, T new tokens, S tokens so far, D model width, K key/value heads, H head
 
 import dataclasses
 from abc import ABC, abstractmethod
+from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from hydra.attention.masks import AttentionContext, TokenHistory, build_context
@@ -18,15 +20,25 @@ __all__ = ["AttentionBackend", "AttentionCache", "AttentionSpec"]
 class AttentionCache:
     """Keys and values of the tokens so far, in memory taken once. Backends with more state add fields.
 
-    The history counts the tokens; it is extended by whoever builds the AttentionContext, once per forward pass.
+    The history counts the tokens; it is extended by whoever builds the AttentionContext, once per forward pass. Every
+    tensor has the rows of the batch first, and is written in place.
     """
 
     history: TokenHistory
     k_BKSH: Tensor
     v_BKSH: Tensor
 
-    def append(self, k_BKTH: Tensor, v_BKTH: Tensor, n_past: int) -> tuple[Tensor, Tensor]:
-        """Write keys and values of new tokens behind the first n_past, return those of all tokens so far."""
+    def append(self, k_BKTH: Tensor, v_BKTH: Tensor, n_past: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values of new tokens behind the first n_past, return those of all tokens so far.
+
+        With n_past (B,), of one new token in each row, shapes are static: returned is the whole memory, and it is the
+        mask of the context that says what of it is tokens.
+        """
+        if isinstance(n_past, Tensor):
+            rows_B = torch.arange(n_past.shape[0], device=n_past.device)
+            self.k_BKSH[rows_B, :, n_past] = k_BKTH[:, :, 0]
+            self.v_BKSH[rows_B, :, n_past] = v_BKTH[:, :, 0]
+            return self.k_BKSH, self.v_BKSH
         stop = n_past + k_BKTH.shape[2]
         self.k_BKSH[:, :, n_past:stop] = k_BKTH
         self.v_BKSH[:, :, n_past:stop] = v_BKTH
@@ -35,6 +47,20 @@ class AttentionCache:
     def state_tensors(self) -> list[Tensor]:
         """Tensors whose size does not depend on the number of tokens."""
         return []
+
+    def clear(self) -> None:
+        """Zeros everywhere: with static shapes also what is masked enters a product, and may not be NaN there."""
+        for value in self._tensors().values():
+            value.zero_()
+
+    def row(self, index: int) -> Self:
+        """The cache of one row, empty, in the same memory."""
+        history = TokenHistory(1, self.history.max_tokens)
+        rows = {name: value[index : index + 1] for name, value in self._tensors().items()}
+        return dataclasses.replace(self, history=history, **rows)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 class AttentionBackend(nn.Module, ABC):

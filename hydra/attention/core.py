@@ -10,9 +10,12 @@ from torch import Tensor
 
 from hydra.attention.masks import causal_mask
 from hydra.errors import ConfigError
+from hydra.kernels.decode import native_single_query_attention
 
 KERNELS = ("scaled_dot_product", "blocked")
 """`scaled_dot_product`: torch's own choice of implementation. `blocked`: matrix products over blocks of queries."""
+DECODE_KERNEL = "single_query"
+"""For one query token in each row on a CPU, with a mask; needs hydra.kernels.decode.load_native."""
 
 QUERY_BLOCK = 64
 """Queries of a block: it skips the keys after its last query, and larger blocks skip fewer."""
@@ -42,7 +45,7 @@ def softmax_attention(
         q_BNTH, k_BKSH, v_BKSH: the T queries belong to the last T of the S keys.
         mask_B1TS: what is added to the scores (0 or -inf), complete and causal. None: causal, aligned so that the last
             query sees every key. A row that sees nothing gives zeros.
-        kernel: one of KERNELS.
+        kernel: one of KERNELS, or DECODE_KERNEL.
     Returns:
         out_BNTH in the dtype of q_BNTH.
     Raises:
@@ -52,6 +55,9 @@ def softmax_attention(
         return _scaled_dot_product(q_BNTH, k_BKSH, v_BKSH, mask_B1TS)
     if kernel == "blocked":
         return _blocked(q_BNTH, k_BKSH, v_BKSH, mask_B1TS)
+    if kernel == DECODE_KERNEL:
+        assert mask_B1TS is not None, "a decode step has a mask"
+        return native_single_query_attention(q_BNTH, k_BKSH, v_BKSH, mask_B1TS)
     raise ConfigError(f"attention kernel must be one of {', '.join(KERNELS)}, but got {kernel!r}")
 
 

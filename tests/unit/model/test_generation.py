@@ -37,8 +37,8 @@ def test_samples_depend_on_the_seed_and_on_nothing_global(attention: str) -> Non
 
 def draws(temperature: float, top_k: int | None) -> torch.Tensor:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    drawn = choose_token(probabilities.log().expand(20000, 4), temperature, top_k, generator)
+    uniforms = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = choose_token(probabilities.log().expand(20000, 4), temperature, top_k, uniforms)
     return torch.bincount(drawn.flatten(), minlength=4) / 20000
 
 

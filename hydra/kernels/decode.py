@@ -1,0 +1,81 @@
+"""The operators of a decode step, for few tokens at a time, on a CPU: bound by how fast weights and cache are read.
+
+They are C++ (_cpp/decode.cpp), compiled on first use; load_native makes them available. hydra.kernels.reference.decode
+says what they compute.
+
+O outputs, I inputs, N query heads, K key/value heads, S tokens that a cache holds, H head width.
+"""
+
+import mmap
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hydra.kernels._cpp.build import load_library
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+"""Dtypes of activations that the operators take."""
+HUGE_PAGE = 1 << 21
+LINE = 64
+
+
+@cache
+def _load() -> None:
+    load_library("decode")
+    torch.library.register_fake("hydra_decode::linear", lambda x, w, scales: x.new_empty(*x.shape[:-1], w.shape[0]))
+    torch.library.register_fake("hydra_decode::attention", lambda q, k, v, mask: torch.empty_like(q))
+
+
+def load_native(n_threads: int) -> None:
+    """Make the operators available, to be run by n_threads threads.
+
+    Raises:
+        ConfigError: there is no C++ compiler, or it does not take the source.
+    """
+    _load()
+    torch.ops.hydra_decode.set_threads(n_threads)
+
+
+def native_linear(x: Tensor, weight_OI: Tensor, scales_O: Tensor | None = None) -> Tensor:
+    """x W^T for x (..., I) of few rows, with float32 sums, in the dtype of x.
+
+    Args:
+        x: float32 or bfloat16, contiguous.
+        weight_OI: in the dtype of x; or uint8 with 128 added to each number, whose scales are then given.
+        scales_O: float32. The activations then enter as 16-bit whole numbers with one scale for each row, which rounds
+            them less than bfloat16 does.
+    """
+    return torch.ops.hydra_decode.linear(x, weight_OI, scales_O)
+
+
+def native_single_query_attention(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B11S: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(H) + mask) v, one query token for each row; keys after the last visible one are not read.
+
+    Args:
+        q_BN1H, k_BKSH, v_BKSH: float32 or bfloat16.
+        mask_B11S: 0 or -inf, in their dtype; its batch may be 1.
+    """
+    return torch.ops.hydra_decode.attention(q_BN1H.contiguous(), k_BKSH, v_BKSH, mask_B11S.contiguous())
+
+
+def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of CPU tensors, one behind the other in memory made of huge pages where the system has them.
+
+    A step reads all weights once, so with pages of 4 KiB every page costs a look-up of its address.
+    """
+    starts, stop = [], 0
+    for tensor in tensors:
+        starts.append(stop)
+        stop += -(-tensor.nbytes // LINE) * LINE
+    memory = mmap.mmap(-1, stop + HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    everything = torch.frombuffer(memory, dtype=torch.uint8)
+    first = -everything.data_ptr() % HUGE_PAGE
+    packed = []
+    for tensor, start in zip(tensors, starts, strict=True):
+        place = everything[first + start : first + start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        packed.append(place.copy_(tensor))
+    return packed

@@ -1,0 +1,230 @@
+"""Decoder: many tokens from one model, fast. Everything has a fixed shape, so that one compiled step serves every token.
+
+generate() is the simple way and the reference; a Decoder costs a compilation first (see Decoder).
+
+B streams, T tokens, D model width, V vocabulary, O outputs, I inputs, S tokens that a cache holds.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hydra.attention.base import AttentionCache
+from hydra.attention.core import DECODE_KERNEL
+from hydra.attention.masks import AttentionContext, TokenHistory, build_context, build_step_context
+from hydra.attention.spec import check_int, check_known
+from hydra.errors import ConfigError
+from hydra.kernels.decode import NATIVE_DTYPES, load_native, native_linear, pack
+from hydra.model.framework.generation import check_sampling, choose_token, draw_uniforms
+from hydra.model.framework.model import HydraModel
+from hydra.model.framework.quantisation import Int8Matrix, Int8Weights, find_matrices
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("compiled", "reference")
+# On a CPU: no Python between kernels, and no threads for the small ones, whose start would take longer than they do.
+CPU_OPTIONS: dict[str, object] = {"cpp_wrapper": True, "cpp.threads": 1}
+
+
+class PackedLinear(nn.Module):
+    """x W^T without bias, W in memory of the decoder's own, as it is or in 8 bits."""
+
+    def __init__(self, weight_OI: Tensor, scales_O: Tensor | None, dtype: torch.dtype, is_native: bool) -> None:
+        super().__init__()
+        self.weight_OI = weight_OI
+        self.scales_O = scales_O
+        self.dtype = dtype
+        self.is_native = is_native
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix in the dtype of the activations."""
+        if self.scales_O is None:
+            return self.weight_OI
+        return Int8Matrix(self.weight_OI, self.scales_O).dequantise(self.dtype)
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """Map (B, T, I) to (B, T, O)."""
+        if self.is_native and x_BTI.shape[1] == 1:
+            return native_linear(x_BTI.contiguous(), self.weight_OI, self.scales_O)
+        return F.linear(x_BTI, self.weight)
+
+
+class Decoder:
+    """Continues prompts in up to n_streams streams at once, each as it would be continued alone.
+
+    Args:
+        model: stays as it is; the decoder copies its matrices and does not see later changes.
+        max_tokens: prompt and new tokens of the longest stream.
+        n_streams: prompts of one call of generate.
+        dtype: of weights and activations; default the model's.
+        int8: weights that quantise_int8 found good enough, in place of the model's matrices.
+        implementation: `compiled` makes one graph of a step, on a CPU with C++ kernels of our own. `reference` is the
+            same step in plain torch, for machines without a C++ compiler; slow.
+    Raises:
+        ConfigError: an argument out of range, or there is no C++ compiler.
+    """
+
+    def __init__(
+        self,
+        model: HydraModel,
+        *,
+        max_tokens: int,
+        n_streams: int = 1,
+        dtype: torch.dtype | None = None,
+        int8: Int8Weights | None = None,
+        implementation: str = "compiled",
+    ) -> None:
+        check_int("max_tokens", max_tokens)
+        check_int("n_streams", n_streams)
+        check_known("implementation", [implementation], IMPLEMENTATIONS)
+        self.device = model.embedding.weight.device
+        self.dtype = model.final_norm.weight.dtype if dtype is None else dtype
+        self.max_tokens, self.n_streams, self.vocab_size = max_tokens, n_streams, model.spec.vocab_size
+        is_native = implementation == "compiled" and self.device.type == "cpu"
+        if is_native:
+            if self.dtype not in NATIVE_DTYPES:
+                raise ConfigError(
+                    f"dtype must be one of {', '.join(map(str, NATIVE_DTYPES))} for compiled decoding on a CPU, but got "
+                    f"{self.dtype}; pass dtype=torch.float32, or implementation='reference'"
+                )
+            load_native(torch.get_num_threads())
+        self.kernel = DECODE_KERNEL if is_native else "scaled_dot_product"
+        self.prefill_kernel = model.execution.attention_kernel
+        self._build_modules(model, int8, is_native)
+
+        self.n_past_B = torch.zeros(n_streams, dtype=torch.int64, device=self.device)
+        self.next_ids_B = torch.zeros(n_streams, dtype=torch.int64, device=self.device)
+        self.step: Callable[[], Tensor] = self._step
+        if implementation == "compiled":
+            self.step = self._compile()
+        logger.info("decoding: %s, %s, %s matrices", implementation, self.dtype, "own" if int8 is None else "8-bit")
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        n_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Continue n_streams prompts, of any lengths; stream b as generate() does with seed + b, up to rounding.
+
+        Raises:
+            ConfigError: an argument out of range.
+        """
+        check_sampling(self.vocab_size, prompts, n_new_tokens, temperature, top_k)
+        if len(prompts) != self.n_streams:
+            raise ConfigError(
+                f"there must be one prompt for each of {self.n_streams} streams, but got {len(prompts)}; "
+                "make a Decoder with another n_streams"
+            )
+        n_longest = max(map(len, prompts)) + n_new_tokens
+        if n_longest > self.max_tokens:
+            raise ConfigError(
+                f"prompt and new tokens must be at most max_tokens={self.max_tokens}, but got {n_longest}; make a "
+                "Decoder with a larger max_tokens"
+            )
+        if n_new_tokens == 0:
+            return [[] for _ in prompts]
+        uniforms_TB = draw_uniforms(n_new_tokens, [seed + row for row in range(self.n_streams)], self.device)
+        new_ids_TB = torch.empty(n_new_tokens, self.n_streams, dtype=torch.int64, device=self.device)
+        logits_BV = self._prefill(prompts)
+        for index in range(n_new_tokens):
+            if index > 0:
+                logits_BV = self.step()
+            choice_B = choose_token(logits_BV, temperature, top_k, uniforms_TB[index])
+            self.next_ids_B.copy_(choice_B)
+            new_ids_TB[index] = choice_B
+        return new_ids_TB.T.tolist()
+
+    def _build_modules(self, model: HydraModel, int8: Int8Weights | None, is_native: bool) -> None:
+        """A model of the same spec whose linear layers are packed, and the caches of its layers."""
+        with torch.device("meta"):
+            copy = HydraModel(dataclasses.replace(model.spec, tie_embeddings=False), model.execution)
+        matrices = find_matrices(model)
+        state = {name: value.detach().to(self.dtype) for name, value in model.state_dict().items()}
+        state["head.weight"] = matrices["head"].detach().to(self.dtype)
+        copy.load_state_dict(state, assign=True)
+        copy.requires_grad_(False)
+        self.caches = copy.new_cache(self.n_streams, self.max_tokens).layers
+        if int8 is not None:
+            check_belongs(int8, matrices)
+            tensors = [part for name in matrices for part in dataclasses.astuple(int8.matrices[name])]
+        else:
+            tensors = [state[f"{name}.weight"] for name in matrices]
+        packed = iter(pack(tensors) if is_native else tensors)
+        for name in matrices:
+            weight_OI = next(packed)
+            scales_O = None if int8 is None else next(packed).to(self.device)
+            parent, _, attribute = name.rpartition(".")
+            layer = PackedLinear(weight_OI.to(self.device), scales_O, self.dtype, is_native)
+            setattr(copy.get_submodule(parent), attribute, layer)
+        self.model = copy
+
+    def _compute_logits(self, ids_BT: Tensor, context: AttentionContext, caches: list[AttentionCache]) -> Tensor:
+        """Of the last token of each row, (B, V); the tokens are added to the caches."""
+        x_BTD = self.model.embedding(ids_BT)
+        for block, cache in zip(self.model.typed_blocks(), caches, strict=True):
+            x_BTD = block.forward(x_BTD, context, cache)
+        return self.model.head(self.model.final_norm(x_BTD[:, -1:]))[:, 0]
+
+    def _step(self) -> Tensor:
+        """Feed next_ids_B at the places n_past_B, count them, and return the logits of what follows."""
+        context = build_step_context(self.n_past_B, self.max_tokens, self.dtype, self.kernel)
+        logits_BV = self._compute_logits(self.next_ids_B[:, None], context, self.caches)
+        self.n_past_B.add_(1)
+        return logits_BV
+
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Fill the caches with the prompts, each by itself: a stream does not depend on its neighbours' lengths."""
+        for cache in self.caches:
+            cache.clear()
+        rows = []
+        for row, prompt_ids in enumerate(prompts):
+            ids_BT = torch.tensor([prompt_ids], device=self.device)
+            x_BTD = self.model.embedding(ids_BT)
+            history = TokenHistory(1, self.max_tokens)
+            context = build_context(x_BTD, history=history, kernel=self.prefill_kernel)
+            rows.append(self._compute_logits(ids_BT, context, [cache.row(row) for cache in self.caches]))
+            self.n_past_B[row] = len(prompt_ids)
+        return torch.cat(rows)
+
+    def _compile(self) -> Callable[[], Tensor]:
+        """One graph of a step; on a GPU also recorded, and replayed without the host."""
+        options = CPU_OPTIONS if self.device.type == "cpu" else {}
+        step = torch.compile(self._step, fullgraph=True, dynamic=False, options=options)
+        with torch.no_grad():
+            for cache in self.caches:
+                cache.clear()
+            step()
+            if self.device.type != "cuda":
+                return step
+            step()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits_BV = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits_BV
+
+        return replay
+
+
+def check_belongs(int8: Int8Weights, matrices: dict[str, Tensor]) -> None:
+    """Return if these 8-bit weights can stand for these matrices; ConfigError otherwise."""
+    shapes = {name: matrix.weight_OI.shape for name, matrix in int8.matrices.items()}
+    expected = {name: weight_OI.shape for name, weight_OI in matrices.items()}
+    if shapes != expected:
+        raise ConfigError(
+            "int8 must be made from the model that it is used with, but matrices or shapes differ; call "
+            "quantise_int8 on this model"
+        )
