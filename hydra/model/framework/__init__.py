@@ -1,4 +1,4 @@
-"""The model around the attention layers: ModelSpec describes it, build_model builds it, generate and Decoder sample it."""
+"""The model around the attention layers: ModelSpec describes it, build_model builds it, generate and Decoder sample."""
 
 from hydra.model.framework.decoding import Decoder
 from hydra.model.framework.execution import Execution

@@ -1,4 +1,4 @@
-"""Decoder: many tokens from one model, fast. Everything has a fixed shape, so that one compiled step serves every token.
+"""Decoder: many tokens from one model, fast. All shapes are fixed, so that one compiled step serves every token.
 
 generate() is the simple way and the reference; a Decoder costs a compilation first (see Decoder).
 
@@ -8,6 +8,7 @@ B streams, T tokens, D model width, V vocabulary, O outputs, I inputs, S tokens 
 import dataclasses
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("compiled", "reference")
 # On a CPU: no Python between kernels, and no threads for the small ones, whose start would take longer than they do.
-CPU_OPTIONS: dict[str, object] = {"cpp_wrapper": True, "cpp.threads": 1}
+CPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"cpp_wrapper": True, "cpp.threads": 1}
 
 
 class PackedLinear(nn.Module):
@@ -89,8 +90,8 @@ class Decoder:
         if is_native:
             if self.dtype not in NATIVE_DTYPES:
                 raise ConfigError(
-                    f"dtype must be one of {', '.join(map(str, NATIVE_DTYPES))} for compiled decoding on a CPU, but got "
-                    f"{self.dtype}; pass dtype=torch.float32, or implementation='reference'"
+                    f"dtype must be one of {', '.join(map(str, NATIVE_DTYPES))} for compiled decoding on a CPU, but "
+                    f"got {self.dtype}; pass dtype=torch.float32, or implementation='reference'"
                 )
             load_native(torch.get_num_threads())
         self.kernel = DECODE_KERNEL if is_native else "scaled_dot_product"
@@ -99,9 +100,9 @@ class Decoder:
 
         self.n_past_B = torch.zeros(n_streams, dtype=torch.int64, device=self.device)
         self.next_ids_B = torch.zeros(n_streams, dtype=torch.int64, device=self.device)
-        self.step: Callable[[], Tensor] = self._step
+        self.decode_step: Callable[[], Tensor] = self._step
         if implementation == "compiled":
-            self.step = self._compile()
+            self.decode_step = self._compile()
         logger.info("decoding: %s, %s, %s matrices", implementation, self.dtype, "own" if int8 is None else "8-bit")
 
     @torch.no_grad()
@@ -138,7 +139,7 @@ class Decoder:
         logits_BV = self._prefill(prompts)
         for index in range(n_new_tokens):
             if index > 0:
-                logits_BV = self.step()
+                logits_BV = self.decode_step()
             choice_B = choose_token(logits_BV, temperature, top_k, uniforms_TB[index])
             self.next_ids_B.copy_(choice_B)
             new_ids_TB[index] = choice_B

@@ -5,7 +5,7 @@ import hydra
 
 FORBIDDEN = {"item", "tolist", "cpu", "numpy", "nonzero"}
 # Sampling and the slow references stand outside of compiled regions.
-EXEMPT = {"generation.py", "reference.py"}
+EXEMPT = {"generation.py", "reference.py", "decoding.py"}
 
 
 def test_nothing_in_a_forward_pass_asks_a_tensor_for_its_value() -> None:
