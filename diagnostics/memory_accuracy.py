@@ -19,17 +19,20 @@ MIB = 2**20
 N_STEPS = 3
 GQA = {"attention": "gqa"}
 EAGER: dict[str, Any] = {"compile_from_step": None}
+COMPILED: dict[str, Any] = {"compile_from_step": 0}  # left out: compiled after the first step
 # What the constants in hydra/runtime/memory/plan.py were fitted to.
 SMALL = {"d_model": 384, "n_heads": 6, "n_layers": 6, "d_feed_forward": 1536}
 CALIBRATION: dict[str, dict[str, Any]] = {
     "c1": {},
     "c2": EAGER,
     "c3": {**GQA, **EAGER, **SMALL, "d_model": 512, "n_heads": 8, "vocab_size": 32000, "optimizer": "adamw"},
-    "c4": {**GQA, **SMALL, "d_model": 512, "n_heads": 8, "vocab_size": 32000},
+    "c4": {**GQA, **COMPILED, **SMALL, "d_model": 512, "n_heads": 8, "vocab_size": 32000},
     "c5": {**GQA, **EAGER, **SMALL, "batch_size": 16},
     "c6": {**SMALL, "batch_size": 16, "feed_forward": "swiglu"},
     "c7": {**GQA, **EAGER, **SMALL, "d_model": 256, "n_heads": 4, "dtype": "float32", "batch_size": 16},
-    "c8": {**GQA, **SMALL},
+    "c8": {**GQA, **COMPILED, **SMALL},
+    "c9": {**GQA, **EAGER, **SMALL, "n_layers": 10, "vocab_size": 8192, "activation_checkpointing": "full"},
+    "c10": {**GQA, **SMALL, "n_layers": 10, "vocab_size": 8192, "activation_checkpointing": "full"},
 }
 
 
@@ -48,14 +51,14 @@ def shape(d_model: int, n_heads: int, n_layers: int, vocab_size: int, **fields: 
 HELD_OUT: dict[str, dict[str, Any]] = {
     "1": shape(448, 7, 5, 12000, **GQA),
     "2": shape(448, 7, 7, 4096, **EAGER, optimizer="adamw", feed_forward="swiglu"),
-    "3": shape(640, 10, 4, 24000, **GQA, batch_size=16, micro_batch_size=8),
+    "3": shape(640, 10, 4, 24000, **GQA, **COMPILED, batch_size=16, micro_batch_size=8),
     "4": shape(640, 10, 4, 24000, **GQA, **EAGER, optimizer="adamw", feed_forward="swiglu", micro_batch_size=4),
-    "5": shape(288, 9, 14, 2048, context_length=128, batch_size=16, micro_batch_size=16),
+    "5": shape(288, 9, 14, 2048, **COMPILED, context_length=128, batch_size=16, micro_batch_size=16),
     "6": shape(192, 6, 10, 8192, **GQA, **EAGER, context_length=1024, batch_size=4, micro_batch_size=2),
     "7": shape(256, 4, 6, 16384, **GQA, context_length=1024, batch_size=4, micro_batch_size=4),
     "8": shape(256, 8, 6, 4096, **GQA, **EAGER, context_length=2048, batch_size=2, micro_batch_size=1),
     "9": shape(512, 8, 10, 32768, micro_batch_size=4, activation_checkpointing="full"),
-    "10": shape(384, 6, 6, 8192, **GQA, dtype="float32", optimizer="adamw"),
+    "10": shape(384, 6, 6, 8192, **GQA, **COMPILED, dtype="float32", optimizer="adamw"),
     "11": shape(
         512,
         8,

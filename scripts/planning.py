@@ -46,6 +46,7 @@ MICRO_BATCH_TOKENS = 4096
 no longer hold what goes from one layer to the next. A GPU takes all that fits."""
 SHARE_OF_RATE = 0.6
 """Of the rate of a matrix product alone, which a training step reaches on a CPU (55 to 75 % were measured)."""
+N_REHEARSED_STEPS = 3
 PLANS = "memory-plans"  # under data_dir, shared by runs
 SOURCES = [Path(__file__).parents[1] / name for name in ("hydra", "scripts/trainer.py", "scripts/planning.py")]
 
@@ -92,11 +93,11 @@ def plan_memory(
 def predict_peak(config: TrainingConfig, choices: Choices, vocab_size: int, rung: Rung) -> Prediction:
     """The peak of a training step on this rung; kept under data_dir for the next one who asks."""
     n_micro_batches = min(2, config.batch_size // rung.micro_batch_size)
-    is_compiled = config.compile_from_step is not None
+    compile_from = None if config.compile_from_step is None else min(config.compile_from_step, 1)
     depends_on = {
         "model": config.model_spec(vocab_size).to_dict(),
         "optimizer": dataclasses.asdict(config.optimizer_spec()),
-        "execution": [choices.dtype, choices.attention_kernel, is_compiled],
+        "execution": [choices.dtype, choices.attention_kernel, compile_from],
         "shape": [rung.micro_batch_size, n_micro_batches, config.context_length],
         "activation_checkpointing": rung.activation_checkpointing,
         "torch": torch.__version__,
@@ -106,7 +107,10 @@ def predict_peak(config: TrainingConfig, choices: Choices, vocab_size: int, rung
         workspace_root() / config.data_dir / PLANS,
         digest_of(depends_on, SOURCES),
         lambda: predict(
-            rehearse(config, on_rung, vocab_size), is_compiled=is_compiled, is_accumulating=n_micro_batches > 1
+            rehearse(config, on_rung, vocab_size),
+            is_eager=compile_from != 0,
+            has_compiler=compile_from is not None,
+            is_accumulating=n_micro_batches > 1,
         ),
     )
 
@@ -192,10 +196,11 @@ def _vocab_size(config: TrainingConfig, run_dir: Path | None) -> int:
 
 
 def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehearsal:
-    """Run the trainer's own code for an optimizer step and the next gradient on tensors that take no memory.
+    """Run the trainer's own code for two optimizer steps and a third gradient on tensors that take no memory.
 
-    The optimizer's state is then there, as in every step but the first; of a step with many micro-batches two are run,
-    since the first makes the gradients that the others add to.
+    The optimizer's state is there from the second step on, and the holes that its work leaves behind from the third. A
+    run that is compiled later than at its start is eager in the first step. Of a step with many micro-batches two are
+    run, since the first makes the gradients that the others add to.
     """
     from scripts.trainer import Trainer, execution_of  # it plans its memory by this module
 
@@ -203,8 +208,7 @@ def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehea
         model = HydraModel(config.model_spec(vocab_size), execution_of(choices))
     trainer = Trainer(config, ".")
     trainer.device = torch.device("cpu")
-    one = blank_batch(choices.micro_batch_size, config.context_length)
-    two = blank_batch(min(2 * choices.micro_batch_size, config.batch_size), config.context_length)
+    batch = blank_batch(min(2 * choices.micro_batch_size, config.batch_size), config.context_length)
     rehearsal = Rehearsal()
     with rehearsal.running():
         for module in model.modules():
@@ -212,13 +216,15 @@ def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehea
                 setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
         trainer.assemble(model, choices)
         model.train()
-        with _as_if_compiled(model, rehearsal) if config.compile_from_step is not None else contextlib.nullcontext():
-            rehearsal.begin("forward")
-            trainer.forward_backward(one)
-            rehearsal.begin("optimizer")
-            trainer.update_weights(0.0)
-            rehearsal.begin("forward")
-            trainer.forward_backward(two)
+        with contextlib.ExitStack() as compiled:
+            for step in range(N_REHEARSED_STEPS):
+                if config.compile_from_step is not None and step == min(config.compile_from_step, 1):
+                    compiled.enter_context(_as_if_compiled(model, rehearsal))
+                rehearsal.begin("forward")
+                trainer.forward_backward(batch)
+                if step < N_REHEARSED_STEPS - 1:
+                    rehearsal.begin("optimizer")
+                    trainer.update_weights(0.0)
     return rehearsal
 
 

@@ -51,11 +51,12 @@ class Prediction:
         return dataclasses.asdict(self)
 
 
-def predict(rehearsal: "Rehearsal", *, is_compiled: bool, is_accumulating: bool) -> Prediction:
+def predict(rehearsal: "Rehearsal", *, is_eager: bool, has_compiler: bool, is_accumulating: bool) -> Prediction:
     """The peak of a process that does on real memory what was rehearsed.
 
     Args:
-        is_compiled: blocks run as compiled code.
+        is_eager: blocks run as they are written, at first or always.
+        has_compiler: blocks are compiled, at once or later.
         is_accumulating: a step has more than one micro-batch.
     """
     from hydra.runtime.memory.allocator import resident_peak
@@ -65,11 +66,11 @@ def predict(rehearsal: "Rehearsal", *, is_compiled: bool, is_accumulating: bool)
     resident = resident_peak(rehearsal.blocks)
     lasting = kinds["parameters"] + kinds["gradients"] + kinds["optimizer"]
     share = PINNED_SHARE_ACCUMULATING if is_accumulating else PINNED_SHARE
-    heap = resident + int((PINNED_SHARE_COMPILED if is_compiled else share) * (resident - lasting))
+    heap = resident + int((share if is_eager else PINNED_SHARE_COMPILED) * (resident - lasting))
     return Prediction(
         **kinds,
         allocator=max(0, heap - sum(kinds.values())),
-        process=IMPORTS + LIBRARIES + (COMPILER if is_compiled else 0),
+        process=IMPORTS + LIBRARIES + (COMPILER if has_compiler else 0),
     )
 
 

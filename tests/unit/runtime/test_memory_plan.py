@@ -155,7 +155,7 @@ def test_plan_survives_json() -> None:
     rehearsal = Rehearsal()
     with rehearsal.running():
         torch.empty(1000)
-    prediction = predict(rehearsal, is_compiled=False, is_accumulating=False)
+    prediction = predict(rehearsal, is_eager=True, has_compiler=False, is_accumulating=False)
     assert isinstance(prediction, Prediction) and prediction.total == sum(prediction.by_kind().values())
     plan = MemoryPlan(
         micro_batch_size=2,
