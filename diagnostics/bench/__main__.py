@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diagnostics.bench import machine, memory, startup, throughput, time_to_loss
+from diagnostics.bench import decode, machine, memory, startup, throughput, time_to_loss
 
 HERE = Path(__file__).parents[1]
 RESULTS, README = HERE / "benchmarks.json", HERE / "README.md"
@@ -24,6 +24,7 @@ def main(names: list[str]) -> int:
         "time-to-loss": ("Time to loss", lambda: time_to_loss.run(DATA_DIR, threads, TEXT), time_to_loss.table),
         "memory": ("Memory", lambda: memory.run(DATA_DIR, threads), memory.table),
         "startup": ("Startup", lambda: startup.run(DATA_DIR, threads), startup.table),
+        "decode": ("Decoding", lambda: decode.run(threads), decode.table),
     }
     unknown = [name for name in names if name not in parts]
     if unknown:

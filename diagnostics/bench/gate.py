@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,39 @@ class Gate:
     def _answer(self, value: dict[str, Any]) -> None:
         self._answers.write(json.dumps(value) + "\n")
         self._answers.flush()
+
+
+def decode_at_gate(
+    gate: Gate,
+    spec: dict[str, Any],
+    continue_prompt: Callable[[list[int], int], list[int]],
+    exact_logits: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Continue one prompt again and again; what is reported of each is how far its worst token lies from greedy.
+
+    Args:
+        continue_prompt: from token ids and the number of new ones to the new ones.
+        exact_logits: from ids [1, T] to logits [1, T, V] of the same weights, in float32 and without a cache.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(spec["vocab_size"], (spec["n_prompt"],), generator=generator).tolist()
+    judged: list[int] = []
+    regret = 0.0
+    while True:
+        gate.wait()
+        new_ids = continue_prompt(prompt, spec["n_new"])
+        assert len(new_ids) == spec["n_new"], f"{spec['n_new']} new tokens were asked for, but {len(new_ids)} came"
+        if new_ids != judged:  # the same tokens need not be judged twice, and so the clock does not see it
+            judged, regret = new_ids, largest_regret(prompt, new_ids, exact_logits)
+        gate.done(regret)
+
+
+@torch.no_grad()
+def largest_regret(prompt: list[int], new_ids: list[int], exact_logits: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """How far the log-probability of a new token lies below that of the best one at its place; the worst, in nats."""
+    logits_TV = exact_logits(torch.tensor([prompt + new_ids[:-1]]))[0, len(prompt) - 1 :].float()
+    chosen_T = logits_TV.gather(-1, torch.tensor(new_ids)[:, None])[:, 0]
+    return float((logits_TV.amax(-1) - chosen_T).max())
 
 
 def peak_resident_mib() -> float:

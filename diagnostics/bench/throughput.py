@@ -5,18 +5,16 @@ import tempfile
 from typing import Any
 
 from diagnostics.bench.equal_models import Shape, peer_spec, write_batches
-from diagnostics.bench.machine import wait_until_quiet
+from diagnostics.bench.side_by_side import N_SEGMENTS, time_in_turn
 from diagnostics.bench.workers import Worker
 
-N_PAIRS = 5
 STEPS_PER_SEGMENT = 3
-MAX_DRIFT = 0.05
-"""A segment counts only if the GEMM rates before and after it differ by no more than this."""
-MAX_TRIES = 4
 GATE_STEPS = 20
 GATE_BAND = 0.01
 """Relative; the loss of each of the first steps of the fast path against the same run in float32, eager, torch's
 attention."""
+MAX_LAG_NATS = 1.0
+"""A peer whose loss lies further above HYDRA's, on the same batches, does not train what it is said to train."""
 REFERENCE = {"dtype": "float32", "attention_kernel": "scaled_dot_product", "compile_from_step": None}
 
 
@@ -61,41 +59,34 @@ def run(data_dir: str, threads: int) -> dict[str, Any]:
 def _time(contestants: list[Worker], shape: Shape) -> list[dict[str, Any]]:
     for worker in contestants:
         worker.ask(do="steps", n=2)  # compiles, allocates
-    rates: dict[str, list[float]] = {worker.name: [] for worker in contestants}
-    shares: dict[str, list[float]] = {worker.name: [] for worker in contestants}
-    losses: dict[str, list[float]] = {worker.name: [] for worker in contestants}
-    thrown_away = 0
-    for _ in range(N_PAIRS):
-        for worker in contestants:
-            for _ in range(MAX_TRIES):
-                wait_until_quiet()
-                before = max(worker.ask(do="calibrate")["gflops"])
-                segment = worker.ask(do="steps", n=STEPS_PER_SEGMENT)
-                after = max(worker.ask(do="calibrate")["gflops"])
-                losses[worker.name] += segment["losses"]
-                if abs(before - after) <= MAX_DRIFT * max(before, after):
-                    break
-                thrown_away += 1
-                print(f"thrown away: {worker.name}, GEMM {before:.0f} GFLOP/s before and {after:.0f} after")
-            else:
-                continue
-            rate = STEPS_PER_SEGMENT * shape.tokens_per_step / segment["seconds"]
-            rates[worker.name].append(rate)
-            shares[worker.name].append(rate * shape.matmul_flops_per_token / 1e9 / ((before + after) / 2))
-    own = statistics.median(rates["HYDRA"])
-    print(f"{thrown_away} segments were thrown away because their calibrations differed by more than {MAX_DRIFT:.0%}")
-    return [
-        {
-            "name": name,
-            "tokens_per_s": statistics.median(values),
-            "tokens_per_s_all": values,
-            "hydra_is_faster": own / statistics.median(values),
-            "share_of_gemm_peak": statistics.median(shares[name]),
-            "last_loss_nats": losses[name][-1],
-        }
-        for name, values in rates.items()
-        if values
-    ]
+    segments = time_in_turn(contestants, STEPS_PER_SEGMENT)
+    n_common = min(len(worker.losses) for worker in contestants)
+    learnt = {worker.name: statistics.mean(worker.losses[n_common - 3 : n_common]) for worker in contestants}
+    rows: list[dict[str, Any]] = []
+    for name, timed in segments.items():
+        row: dict[str, Any] = {"name": name, "loss_nats": learnt[name], "after_steps": n_common}
+        if not timed.are_enough:
+            row["refused"] = f"only {len(timed.seconds)} segments held"
+        elif learnt[name] > learnt[contestants[0].name] + MAX_LAG_NATS:
+            row["refused"] = f"does not learn: {learnt[name]:.2f} nats after {n_common} steps"
+        else:
+            rates = [STEPS_PER_SEGMENT * shape.tokens_per_step / seconds for seconds in timed.seconds]
+            used = [
+                rate * shape.matmul_flops_per_token / 1e9 / peak
+                for rate, peak in zip(rates, timed.peaks_gflops, strict=True)
+            ]
+            row |= {
+                "tokens_per_s": statistics.median(rates),
+                "tokens_per_s_all": rates,
+                "gemm_peak_gflops": statistics.median(timed.peaks_gflops),
+                "share_of_gemm_peak": statistics.median(used),
+            }
+        rows.append(row)
+    own = rows[0].get("tokens_per_s")
+    for row in rows[1:]:
+        if own and "tokens_per_s" in row:
+            row["hydra_is_faster"] = own / row["tokens_per_s"]
+    return rows
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -110,11 +101,19 @@ def table(result: dict[str, Any]) -> list[str]:
     ]
     if "refused" in result:
         return [*lines, f"Refused: {result['refused']}."]
-    lines += ["| | tokens/s (median of 5) | all | HYDRA is | share of GEMM peak |", "|---|---|---|---|---|"]
+    n_steps = result["contestants"][0]["after_steps"]
+    lines += [
+        f"| | tokens/s (median of {N_SEGMENTS}) | all | HYDRA is | share of GEMM peak | loss after {n_steps} steps |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in result["contestants"]:
+        if "refused" in row:
+            lines.append(f"| {row['name']} | no figure: {row['refused']} | | | | {row['loss_nats']:.2f} |")
+            continue
         every = " ".join(f"{value:,.0f}" for value in row["tokens_per_s_all"])
-        faster = "" if row["name"] == "HYDRA" else f"{row['hydra_is_faster']:.2f}x"
+        faster = f"{row['hydra_is_faster']:.2f}x" if "hydra_is_faster" in row else ""
         lines.append(
-            f"| {row['name']} | {row['tokens_per_s']:,.0f} | {every} | {faster} | {row['share_of_gemm_peak']:.1%} |"
+            f"| {row['name']} | {row['tokens_per_s']:,.0f} | {every} | {faster} | {row['share_of_gemm_peak']:.1%} | "
+            f"{row['loss_nats']:.2f} |"
         )
     return lines

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ class Worker:
     name: str
     process: "subprocess.Popen[str]"
     log: Path
+    losses: list[float] = field(default_factory=list)
+    """Of every step so far, in nats per token."""
 
     @classmethod
     def start(cls, name: str, program: str, spec: dict[str, Any], *, is_peer: bool = False) -> "Worker":
@@ -66,7 +68,9 @@ class Worker:
             answer = ""
         if not answer:
             raise RuntimeError(f"contestant {self.name} must answer, but it ended:\n{self.log.read_text()[-2000:]}")
-        return json.loads(answer)
+        answered: dict[str, Any] = json.loads(answer)
+        self.losses += answered.get("losses", [])
+        return answered
 
     def stop(self) -> None:
         """End it; a trainer ends by its own way out."""

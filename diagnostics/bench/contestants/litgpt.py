@@ -45,7 +45,7 @@ def main(spec: dict[str, Any]) -> None:
     while True:
         gate.wait()
         rows = torch.from_numpy(batches[step % len(batches)].astype(np.int64))
-        loss = chunked_cross_entropy(model(rows[:, :-1].contiguous()), rows[:, 1:].contiguous(), chunk_size=0)
+        loss = chunked_cross_entropy(model(rows[:, :-1].contiguous()), rows[:, 1:].contiguous())
         fabric.backward(loss)
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
