@@ -84,7 +84,9 @@ def decode_at_gate(
 
 
 @torch.no_grad()
-def largest_regret(prompt: list[int], new_ids: list[int], exact_logits: Callable[[torch.Tensor], torch.Tensor]) -> float:
+def largest_regret(
+    prompt: list[int], new_ids: list[int], exact_logits: Callable[[torch.Tensor], torch.Tensor]
+) -> float:
     """How far the log-probability of a new token lies below that of the best one at its place; the worst, in nats."""
     logits_TV = exact_logits(torch.tensor([prompt + new_ids[:-1]]))[0, len(prompt) - 1 :].float()
     chosen_T = logits_TV.gather(-1, torch.tensor(new_ids)[:, None])[:, 0]

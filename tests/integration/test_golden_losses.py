@@ -35,7 +35,15 @@ RUNS: dict[str, dict[str, object]] = {
         "compile_from_step": 3,
     },
 }
-COMMON = {"max_steps": 40, "eval_every": 40, "batch_size": 4, "micro_batch_size": 2, "threads": 1, "device": "cpu"}
+COMMON = {
+    "decay_fraction": 0.5,
+    "max_steps": 40,
+    "eval_every": 40,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "threads": 1,
+    "device": "cpu",
+}
 
 
 def this_machine() -> str:
