@@ -18,7 +18,7 @@ def test_the_lines_that_load_and_sample_a_model(
     moved = tmp_path / "elsewhere"
     run_dir.rename(moved)
     lines = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(lines) == 1
+    assert len(lines) == 2
     assert len([line for line in lines[0].splitlines() if line]) == 5
     program = lines[0].replace("runs/pretrain", str(moved))
     command = [sys.executable, "-c", program]
@@ -26,6 +26,10 @@ def test_the_lines_that_load_and_sample_a_model(
     assert outputs[0].returncode == 0, outputs[0].stderr
     assert len(outputs[0].stdout) > 50
     assert outputs[0].stdout == outputs[1].stdout
+    both = program + lines[1].replace("max_tokens=512", "max_tokens=64").replace("200", "20")
+    done = subprocess.run([sys.executable, "-c", both], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("[[")
 
 
 def test_the_house_that_readme_describes_is_the_one_that_stands() -> None:
