@@ -36,7 +36,7 @@ def every_field(corpus: Path, data_dir: Path) -> dict[str, object]:
         "optimizer": "adamw",
         "learning_rate": 2e-3,
         "muon_learning_rate": 0.03,
-        "muon_momentum": 0.9,
+        "muon_momentum": 0.8,
         "muon_weight_decay": 0.02,
         "schedule": "cosine",
         "warmup_steps": 1,
