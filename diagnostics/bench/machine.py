@@ -74,5 +74,10 @@ def describe() -> dict[str, object]:
     }
 
 
+def is_same(one: dict[str, object], other: dict[str, object]) -> bool:
+    """Whether two descriptions are of the same kind of machine with the same torch."""
+    return all(one[name] == other[name] for name in ("processor", "n_cores", "torch"))
+
+
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines()

@@ -8,6 +8,8 @@ from diagnostics.bench.workers import Worker
 N_SEGMENTS = 5
 MAX_DRIFT = 0.05
 """A segment counts only if the GEMM rates before and after it differ by no more than this."""
+MAX_BELOW_BEST = 0.1
+"""Nor does it where they lie further below the best rate of this benchmark: then both were taken beside other work."""
 MAX_EXTRA_ROUNDS = 5
 """Rounds that contestants whose segments were thrown away get beyond N_SEGMENTS."""
 
@@ -34,7 +36,7 @@ def time_in_turn(contestants: list[Worker], n_steps: int) -> dict[str, Segments]
         BusyError: others use the processor.
     """
     segments = {worker.name: Segments() for worker in contestants}
-    n_thrown_away = 0
+    n_thrown_away, best = 0, 0.0
     for _ in range(N_SEGMENTS + MAX_EXTRA_ROUNDS):
         for worker in contestants:
             if segments[worker.name].are_enough:
@@ -43,11 +45,17 @@ def time_in_turn(contestants: list[Worker], n_steps: int) -> dict[str, Segments]
             before = max(worker.ask(do="calibrate")["gflops"])
             seconds = worker.ask(do="steps", n=n_steps)["seconds"]
             after = max(worker.ask(do="calibrate")["gflops"])
-            if abs(before - after) <= MAX_DRIFT * max(before, after):
+            best = max(best, before, after)
+            is_steady = abs(before - after) <= MAX_DRIFT * max(before, after)
+            if is_steady and min(before, after) >= (1 - MAX_BELOW_BEST) * best:
                 segments[worker.name].seconds.append(seconds)
                 segments[worker.name].peaks_gflops.append((before + after) / 2)
             else:
                 n_thrown_away += 1
-                print(f"thrown away: {worker.name}, GEMM {before:.0f} GFLOP/s before and {after:.0f} after")
-    print(f"{n_thrown_away} segments were thrown away because their calibrations differed by more than {MAX_DRIFT:.0%}")
+                seen = f"{before:.0f} GFLOP/s before, {after:.0f} after, {best:.0f} at best"
+                print(f"thrown away: {worker.name}, GEMM {seen}")
+    print(
+        f"{n_thrown_away} segments were thrown away: GEMM rates around them differed by more than {MAX_DRIFT:.0%}, "
+        f"or lay more than {MAX_BELOW_BEST:.0%} below the best"
+    )
     return segments

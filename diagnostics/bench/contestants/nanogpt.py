@@ -100,6 +100,15 @@ def step_at_gate(spec: dict[str, Any]) -> None:
         step += 1
 
 
+def cosine(recipe: dict[str, Any], step: int, share: float) -> float:
+    """From 1 after the warm-up to 0.1 at the end, which is a number of steps, or, for a recipe of so many seconds, a
+    time: so the rate has fallen when the time is up, however many steps that were."""
+    fall = share
+    if not recipe["seconds"]:
+        fall = max(0.0, (step - recipe["warmup_steps"]) / (recipe["max_steps"] - recipe["warmup_steps"]))
+    return 0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * fall))
+
+
 def train_recipe(recipe: dict[str, Any]) -> None:
     """Its whole recipe on characters; prints one line of JSON. Time counts from the start of the process."""
     torch.set_num_threads(recipe["threads"])
@@ -113,18 +122,17 @@ def train_recipe(recipe: dict[str, Any]) -> None:
         len(characters), n_tokens, recipe["d_model"], recipe["n_layers"], recipe["n_heads"], recipe["dropout"]
     )
     optimizer = build_optimizer(model, recipe["learning_rate"], 0.99)
-    began, step = time.perf_counter(), 0
-    seconds = recipe["seconds"] or math.inf
-    while step < recipe["max_steps"] and time.perf_counter() - began < seconds:
-        fall = (step - recipe["warmup_steps"]) / (recipe["max_steps"] - recipe["warmup_steps"])
-        cosine = 0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * max(0.0, fall)))
-        rate = recipe["learning_rate"] * min(cosine, (step + 1) / (recipe["warmup_steps"] + 1))
+    began, step, share = time.perf_counter(), 0, 0.0
+    while share < 1.0:
+        warmup = min(1.0, (step + 1) / (recipe["warmup_steps"] + 1))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = recipe["learning_rate"] * warmup * cosine(recipe, step, share)
         starts = torch.randint(len(train) - n_tokens, (n_rows,))
         rows = torch.stack([train[start : start + n_tokens + 1] for start in starts])
         train_step(model, optimizer, rows[:, :-1], rows[:, 1:])
         step += 1
+        elapsed = time.perf_counter() - began
+        share = elapsed / recipe["seconds"] if recipe["seconds"] else step / recipe["max_steps"]
     train_seconds = time.perf_counter() - began
     model.eval()
     judged = time.perf_counter()

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.bench import machine
-from diagnostics.bench.contestants.nanogpt import NanoGPT
+from diagnostics.bench import machine, side_by_side
+from diagnostics.bench.contestants.nanogpt import NanoGPT, cosine
 from diagnostics.bench.equal_models import Shape, peer_spec
+from diagnostics.bench.gate import largest_regret
+from diagnostics.bench.time_to_loss import RACES
 from diagnostics.bench.workers import Worker
 from hydra.model.framework.model import HydraModel
 from scripts.config import TrainingConfig
@@ -81,6 +83,59 @@ def test_a_busy_machine_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         subprocess.run(["pkill", "--session", str(process.pid)], check=True)
         process.wait()
+
+
+class Answers:
+    """A worker that gives what it is told to, in turn."""
+
+    def __init__(self, name: str, gemm_gflops: list[float]) -> None:
+        self.name, self.losses = name, [0.0]
+        self._gemm_gflops = iter(gemm_gflops)
+
+    def ask(self, do: str, n: int = 0) -> dict[str, object]:
+        return (
+            {"gflops": [1.0, next(self._gemm_gflops)]} if do == "calibrate" else {"seconds": 2.0, "losses": [0.0] * n}
+        )
+
+
+def test_segments_beside_other_work_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "wait_until_quiet", lambda: None)
+    steady = Answers("steady", [100.0] * 10)
+    drifting = Answers("drifting", [100.0, 90.0, 80.0, 80.0, *[98.0] * 10])  # the second was slow on both sides
+    never = Answers("never", [100.0, 50.0] * 10)
+    segments = side_by_side.time_in_turn([steady, drifting, never], n_steps=1)
+    assert [segments[name].are_enough for name in ("steady", "drifting", "never")] == [True, True, False]
+    assert segments["drifting"].peaks_gflops == [98.0] * 5
+    assert segments["never"].seconds == []
+
+
+def test_a_token_that_is_not_greedy_shows() -> None:
+    logits_TV = torch.tensor([[0.0, 1.0, 3.0], [5.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    logits_of = lambda ids_BT: logits_TV[None, : ids_BT.shape[1]]  # noqa: E731
+    assert largest_regret([0], [2, 0, 1], logits_of) == 0.0
+    assert largest_regret([0], [1, 0, 1], logits_of) == pytest.approx(2.0)
+    assert largest_regret([0, 0], [0, 2], logits_of) == pytest.approx(2.0)
+
+
+def test_the_recipes_rate_ends_at_a_tenth_in_steps_or_in_time() -> None:
+    steps = {"warmup_steps": 100, "max_steps": 2000, "seconds": None}
+    assert cosine(steps, 50, 0.025) == cosine(steps, 100, 0.05) == 1.0
+    assert cosine(steps, 1050, 0.525) == pytest.approx(0.55)
+    assert cosine(steps, 2000, 1.0) == pytest.approx(0.1)
+    timed = {"warmup_steps": 100, "max_steps": None, "seconds": 600.0}
+    assert cosine(timed, 37, 0.5) == pytest.approx(0.55)
+    assert cosine(timed, 99, 1.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", sorted(RACES))
+def test_a_race_is_run_by_a_config_with_no_more_parameters_than_the_recipe(name: str) -> None:
+    race, n_characters = RACES[name], 65
+    recipe = race.recipe
+    theirs = NanoGPT(n_characters, *(recipe[key] for key in ("n_tokens", "d_model", "n_layers", "n_heads")), 0.0)
+    config = TrainingConfig.preset("debug", tokenizer="characters", **race.config)
+    with torch.device("meta"):
+        ours = HydraModel(config.model_spec(n_characters + 1))  # one for the start of a document
+    assert ours.n_parameters() <= sum(parameter.numel() for parameter in theirs.parameters())
 
 
 def test_an_unknown_part_is_refused() -> None:
