@@ -29,7 +29,7 @@ def wait_until_quiet() -> None:
     while True:
         before = dict(_processor_seconds())
         time.sleep(WATCHED_S)
-        used = {name: seconds - before.get(name, seconds) for name, seconds in _processor_seconds()}
+        used = {name: seconds - before.get(name, 0.0) for name, seconds in _processor_seconds()}
         busy = {name: seconds / WATCHED_S for name, seconds in used.items() if seconds / WATCHED_S > MAX_FOREIGN_SHARE}
         if not busy:
             return

@@ -70,7 +70,8 @@ class AttentionContext:
     """What all layers of one forward pass know about its tokens."""
 
     n_past: int | Tensor
-    """Tokens in the cache before this pass; S = n_past + T. A tensor (B,) in a decode step, see build_step_context."""
+    """Tokens in the cache before this pass; S = n_past + T. A tensor (B,) in a step of a Decoder, of shapes that
+    do not depend on it: there S is what the cache has room for."""
     positions_BT: Tensor
     """Integer positions for the rotary embedding, (B, T) or (1, T)."""
     document_ids_BS: Tensor | None
@@ -135,17 +136,3 @@ def build_context(
         allowed_BTS = document_mask(document_ids_BS, n_tokens) & causal_mask(n_tokens, n_past + n_tokens, x_BTD.device)
         mask_B1TS = to_additive(allowed_BTS, x_BTD.dtype)[:, None]
     return AttentionContext(n_past, positions_BT, document_ids_BS, mask_B1TS, kernel)
-
-
-def build_step_context(n_past_B: Tensor, max_tokens: int, dtype: torch.dtype, kernel: str) -> AttentionContext:
-    """What one new token in each row may see, in shapes that do not depend on how many tokens there are.
-
-    Args:
-        n_past_B: tokens of each row in the cache, int64; nothing is counted here. S = max_tokens.
-        max_tokens: what the cache has room for.
-        dtype: of the mask.
-        kernel: one of hydra.attention.core's.
-    """
-    is_visible_BS = torch.arange(max_tokens, device=n_past_B.device) <= n_past_B[:, None]
-    mask_B1TS = to_additive(is_visible_BS, dtype)[:, None, None]
-    return AttentionContext(n_past_B, n_past_B[:, None], None, mask_B1TS, kernel)

@@ -24,8 +24,8 @@ LINE = 64
 @cache
 def _load() -> None:
     load_library("decode")
-    torch.library.register_fake("hydra_decode::linear", lambda x, w, scales: x.new_empty(*x.shape[:-1], w.shape[0]))
-    torch.library.register_fake("hydra_decode::attention", lambda q, k, v, mask: torch.empty_like(q))
+    torch.library.register_fake("hydra::decode_linear", lambda x, w, scales: x.new_empty(*x.shape[:-1], w.shape[0]))
+    torch.library.register_fake("hydra::decode_attention", lambda q, k, v, mask: torch.empty_like(q))
 
 
 def load_native(n_threads: int) -> None:
@@ -35,7 +35,17 @@ def load_native(n_threads: int) -> None:
         ConfigError: there is no C++ compiler, or it does not take the source.
     """
     _load()
-    torch.ops.hydra_decode.set_threads(n_threads)
+    torch.ops.hydra.decode_set_threads(n_threads)
+
+
+def direct_calls() -> dict[torch._ops.OpOverload, list[str]]:
+    """For inductor's option aot_inductor.custom_ops_to_c_shims: the operators, as compiled code calls them in C."""
+    tensors = {"decode_linear": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*"}
+    tensors["decode_attention"] = "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle"
+    return {
+        getattr(torch.ops.hydra, name).default: [f"AOTITorchError aoti_torch_cpu_{name}({inputs}, AtenTensorHandle*)"]
+        for name, inputs in tensors.items()
+    }
 
 
 def native_linear(x: Tensor, weight_OI: Tensor, scales_O: Tensor | None = None) -> Tensor:
@@ -47,7 +57,7 @@ def native_linear(x: Tensor, weight_OI: Tensor, scales_O: Tensor | None = None) 
         scales_O: float32. The activations then enter as 16-bit whole numbers with one scale for each row, which rounds
             them less than bfloat16 does.
     """
-    return torch.ops.hydra_decode.linear(x, weight_OI, scales_O)
+    return torch.ops.hydra.decode_linear(x, weight_OI, scales_O)
 
 
 def native_single_query_attention(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B11S: Tensor) -> Tensor:
@@ -57,7 +67,7 @@ def native_single_query_attention(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor
         q_BN1H, k_BKSH, v_BKSH: float32 or bfloat16.
         mask_B11S: 0 or -inf, in their dtype; its batch may be 1.
     """
-    return torch.ops.hydra_decode.attention(q_BN1H.contiguous(), k_BKSH, v_BKSH, mask_B11S.contiguous())
+    return torch.ops.hydra.decode_attention(q_BN1H.contiguous(), k_BKSH, v_BKSH, mask_B11S.contiguous())
 
 
 def pack(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Compile a C++ source of this folder once for each processor, compiler and torch, and load it."""
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -50,7 +51,8 @@ def load_library(name: str) -> None:
     library = cache_folder() / f"{name}-{fingerprint(source, compiler)}.so"
     if not library.exists():
         compile_library(source, compiler, library)
-    torch.ops.load_library(str(library))
+    # With its symbols open to all: compiled graphs call its functions by name.
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def cache_folder() -> Path:

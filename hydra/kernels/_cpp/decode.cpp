@@ -14,6 +14,7 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
+#include <cstdio>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -22,6 +23,7 @@
 #include <optional>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -29,13 +31,10 @@
 #endif
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // ---------------------------------------------------------------------------------------------------------- threads
@@ -144,6 +143,52 @@ Team& team() {
 }
 
 void set_threads(int64_t n_threads) { wanted_threads.store(static_cast<int>(n_threads)); }
+
+// ------------------------------------------------------------------------------------------------------------ tensors
+
+void check(bool holds, const char* what) {
+    if (!holds) throw std::runtime_error(what);
+}
+
+const int32_t kFloat32 = aoti_torch_dtype_float32(), kBFloat16 = aoti_torch_dtype_bfloat16(), kUint8 = aoti_torch_dtype_uint8();
+
+// What is to be known of a tensor that belongs to the caller.
+struct View {
+    void* data = nullptr;
+    int64_t* sizes = nullptr;
+    int64_t n_dims = 0;
+    int32_t dtype = 0;
+
+    explicit View(AtenTensorHandle tensor) {
+        bool is_contiguous = false;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &n_dims));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &is_contiguous));
+        check(is_contiguous, "tensors must be contiguous");
+    }
+
+    int64_t numel() const {
+        int64_t n = 1;
+        for (int64_t d = 0; d < n_dims; ++d) n *= sizes[d];
+        return n;
+    }
+};
+
+// A tensor of the caller's, and where its numbers are.
+std::pair<AtenTensorHandle, void*> empty(const std::vector<int64_t>& shape, int32_t dtype) {
+    check(dtype == kFloat32 || dtype == kBFloat16, "activations must be float32 or bfloat16");
+    std::vector<int64_t> strides(shape.size());
+    int64_t stride = 1;
+    for (size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
+    AtenTensorHandle tensor = nullptr;
+    void* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &tensor));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
+    return {tensor, data};
+}
 
 // ------------------------------------------------------------------------------------------------------------ numbers
 
@@ -373,19 +418,20 @@ std::pair<int64_t, int64_t> part(int64_t count, int64_t step, int index, int n) 
 int n_parts(int64_t count) { return static_cast<int>(std::clamp<int64_t>(count, 1, 2 * team().n_threads())); }
 
 template <class X>
-void multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, Tensor& out) {
+void multiply(const View& x, const View& weight, const float* scales, void* out) {
     Product<X> product{};
-    product.x = static_cast<const X*>(x.data_ptr());
-    product.out = static_cast<X*>(out.data_ptr());
-    product.n_in = weight.size(1), product.n_out = weight.size(0), product.n_rows = x.numel() / weight.size(1);
+    product.x = static_cast<const X*>(x.data);
+    product.out = static_cast<X*>(out);
+    product.n_in = weight.sizes[1], product.n_out = weight.sizes[0];
+    product.n_rows = product.n_in == 0 ? 0 : x.numel() / product.n_in;
     thread_local FixedPoint x_fixed;
-    if (scale.has_value()) {
+    if (scales != nullptr) {
         x_fixed.assign(product.x, product.n_rows, product.n_in);
         product.x_fixed = &x_fixed;
-        product.w_fixed = static_cast<const uint8_t*>(weight.data_ptr());
-        product.scales = static_cast<const float*>(scale->data_ptr());
+        product.w_fixed = static_cast<const uint8_t*>(weight.data);
+        product.scales = scales;
     } else {
-        product.w = static_cast<const X*>(weight.data_ptr());
+        product.w = static_cast<const X*>(weight.data);
     }
     team().run(n_parts(product.n_out / 4), [&](int index, int n) {
         const auto [start, stop] = part(product.n_out, 4, index, n);
@@ -393,23 +439,22 @@ void multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
     });
 }
 
-void check(bool holds, const char* what) {
-    if (!holds) throw std::runtime_error(what);
-}
-
-Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> scale) {
-    check(x.is_contiguous() && weight.is_contiguous() && weight.dim() == 2, "x and weight must be contiguous");
-    check(x.size(-1) == weight.size(1), "the last size of x must be that of weight");
-    check(weight.scalar_type() == (scale.has_value() ? ScalarType::Byte : x.scalar_type()), "weight has another dtype");
-    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-    shape.back() = weight.size(0);
-    Tensor out = torch::stable::new_empty(x, shape);
-    if (x.scalar_type() == ScalarType::BFloat16) {
-        multiply<bf16>(x, weight, scale, out);
-    } else {
-        check(x.scalar_type() == ScalarType::Float, "x must be bfloat16 or float32");
-        multiply<float>(x, weight, scale, out);
+AtenTensorHandle linear(AtenTensorHandle x_handle, AtenTensorHandle weight_handle, AtenTensorHandle scales_handle) {
+    const View x(x_handle), weight(weight_handle);
+    check(weight.n_dims == 2 && x.n_dims > 0 && x.sizes[x.n_dims - 1] == weight.sizes[1],
+          "the last size of x must be that of weight");
+    const float* scales = nullptr;
+    if (scales_handle != nullptr) {
+        const View view(scales_handle);
+        check(view.dtype == kFloat32 && view.numel() == weight.sizes[0], "scales must be float32, one for each output");
+        scales = static_cast<const float*>(view.data);
     }
+    check(weight.dtype == (scales == nullptr ? x.dtype : kUint8), "weight must have the dtype of x, or be uint8 with scales");
+    std::vector<int64_t> shape(x.sizes, x.sizes + x.n_dims);
+    shape.back() = weight.sizes[0];
+    const auto [out, data] = empty(shape, x.dtype);
+    if (x.dtype == kBFloat16) multiply<bf16>(x, weight, scales, data);
+    else multiply<float>(x, weight, scales, data);
     return out;
 }
 
@@ -456,46 +501,75 @@ struct Attention {
 };
 
 template <class X>
-void attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, Tensor& out) {
+void attend(const View& q, const View& k, const View& v, const View& mask, void* out) {
     const Attention<X> attention{
-        static_cast<const X*>(q.data_ptr()),    static_cast<const X*>(k.data_ptr()), static_cast<const X*>(v.data_ptr()),
-        static_cast<const X*>(mask.data_ptr()), static_cast<X*>(out.data_ptr()),     q.size(1),
-        k.size(1),                              k.size(2),                           q.size(3),
-        mask.size(0) == 1 ? 0 : k.size(2)};
-    team().run(n_parts(q.size(0) * q.size(1)), [&](int index, int n) {
-        const auto [start, stop] = part(q.size(0) * q.size(1), 1, index, n);
+        static_cast<const X*>(q.data),    static_cast<const X*>(k.data), static_cast<const X*>(v.data),
+        static_cast<const X*>(mask.data), static_cast<X*>(out),          q.sizes[1],
+        k.sizes[1],                       k.sizes[2],                    q.sizes[3],
+        mask.sizes[0] == 1 ? 0 : k.sizes[2]};
+    const int64_t n_heads = q.sizes[0] * q.sizes[1];
+    team().run(n_parts(n_heads), [&](int index, int n) {
+        const auto [start, stop] = part(n_heads, 1, index, n);
         for (int64_t head = start; head < stop; ++head) attention.head(head);
     });
 }
 
-Tensor attention(Tensor q_BN1H, Tensor k_BKSH, Tensor v_BKSH, Tensor mask_B11S) {
-    check(q_BN1H.is_contiguous() && k_BKSH.is_contiguous() && v_BKSH.is_contiguous() && mask_B11S.is_contiguous(),
-          "q, k, v and mask must be contiguous");
-    check(q_BN1H.size(2) == 1 && mask_B11S.numel() == mask_B11S.size(0) * k_BKSH.size(2), "there must be one query token");
-    const ScalarType dtype = q_BN1H.scalar_type();
-    check(k_BKSH.scalar_type() == dtype && v_BKSH.scalar_type() == dtype && mask_B11S.scalar_type() == dtype,
-          "q, k, v and mask must have one dtype");
-    Tensor out = torch::stable::new_empty(q_BN1H, std::vector<int64_t>(q_BN1H.sizes().begin(), q_BN1H.sizes().end()));
-    if (dtype == ScalarType::BFloat16) {
-        attend<bf16>(q_BN1H, k_BKSH, v_BKSH, mask_B11S, out);
-    } else {
-        check(dtype == ScalarType::Float, "q must be bfloat16 or float32");
-        attend<float>(q_BN1H, k_BKSH, v_BKSH, mask_B11S, out);
-    }
+AtenTensorHandle attention(
+    AtenTensorHandle q_BN1H, AtenTensorHandle k_BKSH, AtenTensorHandle v_BKSH, AtenTensorHandle mask_B11S) {
+    const View q(q_BN1H), k(k_BKSH), v(v_BKSH), mask(mask_B11S);
+    check(q.n_dims == 4 && k.n_dims == 4 && v.n_dims == 4 && mask.n_dims == 4, "q, k, v and mask must have 4 dimensions");
+    check(q.sizes[2] == 1 && mask.sizes[1] == 1 && mask.sizes[2] == 1, "there must be one query token");
+    check(std::equal(k.sizes, k.sizes + 4, v.sizes) && k.sizes[0] == q.sizes[0] && k.sizes[3] == q.sizes[3] &&
+              q.sizes[1] % k.sizes[1] == 0 && mask.sizes[3] == k.sizes[2] && (mask.sizes[0] == 1 || mask.sizes[0] == q.sizes[0]),
+          "the shapes of q, k, v and mask must fit together");
+    check(k.dtype == q.dtype && v.dtype == q.dtype && mask.dtype == q.dtype, "q, k, v and mask must have one dtype");
+    const auto [out, data] = empty({q.sizes, q.sizes + 4}, q.dtype);
+    if (q.dtype == kBFloat16) attend<bf16>(q, k, v, mask, data);
+    else attend<float>(q, k, v, mask, data);
     return out;
+}
+
+Tensor boxed_linear(Tensor x, Tensor weight, std::optional<Tensor> scales) {
+    return Tensor(linear(x.get(), weight.get(), scales.has_value() ? scales->get() : nullptr));
+}
+
+Tensor boxed_attention(Tensor q, Tensor k, Tensor v, Tensor mask) {
+    return Tensor(attention(q.get(), k.get(), v.get(), mask.get()));
+}
+
+template <class Function>
+AOTITorchError guarded(const Function& function) {
+    try {
+        function();
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "hydra decode kernel: %s\n", error.what());
+        return AOTI_TORCH_FAILURE;
+    }
+    return AOTI_TORCH_SUCCESS;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(hydra_decode, library) {
-    library.def("linear(Tensor x, Tensor weight, Tensor? scale) -> Tensor");
-    library.def("attention(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
-    library.def("set_threads(int n_threads) -> ()");
+// What a compiled graph calls directly: going through the dispatcher takes longer than a small product.
+extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_decode_linear(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* scales, AtenTensorHandle* out) {
+    return guarded([&] { *out = linear(x, weight, scales == nullptr ? nullptr : *scales); });
 }
-STABLE_TORCH_LIBRARY_IMPL(hydra_decode, CPU, library) {
-    library.impl("linear", TORCH_BOX(&linear));
-    library.impl("attention", TORCH_BOX(&attention));
+
+extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_decode_attention(
+    AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle mask, AtenTensorHandle* out) {
+    return guarded([&] { *out = attention(q, k, v, mask); });
 }
-STABLE_TORCH_LIBRARY_IMPL(hydra_decode, CompositeExplicitAutograd, library) {
-    library.impl("set_threads", TORCH_BOX(&set_threads));
+
+STABLE_TORCH_LIBRARY(hydra, library) {
+    library.def("decode_linear(Tensor x, Tensor weight, Tensor? scales) -> Tensor");
+    library.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
+    library.def("decode_set_threads(int n_threads) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(hydra, CPU, library) {
+    library.impl("decode_linear", TORCH_BOX(&boxed_linear));
+    library.impl("decode_attention", TORCH_BOX(&boxed_attention));
+}
+STABLE_TORCH_LIBRARY_IMPL(hydra, CompositeExplicitAutograd, library) {
+    library.impl("decode_set_threads", TORCH_BOX(&set_threads));
 }

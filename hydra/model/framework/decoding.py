@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from hydra.attention.base import AttentionCache
 from hydra.attention.core import DECODE_KERNEL
-from hydra.attention.masks import AttentionContext, TokenHistory, build_context, build_step_context
+from hydra.attention.masks import AttentionContext, TokenHistory, build_context
 from hydra.attention.spec import check_int, check_known
 from hydra.errors import ConfigError
-from hydra.kernels.decode import NATIVE_DTYPES, load_native, native_linear, pack
+from hydra.kernels.decode import NATIVE_DTYPES, direct_calls, load_native, native_linear, pack
 from hydra.model.framework.generation import check_sampling, choose_token, draw_uniforms
 from hydra.model.framework.model import HydraModel
 from hydra.model.framework.quantisation import Int8Matrix, Int8Weights, find_matrices
@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("compiled", "reference")
 # On a CPU: no Python between kernels, and no threads for the small ones, whose start would take longer than they do.
-CPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"cpp_wrapper": True, "cpp.threads": 1}
+CPU_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "cpp_wrapper": True,
+    "cpp.threads": 1,
+    "size_asserts": False,
+}
 
 
 class PackedLinear(nn.Module):
@@ -98,6 +102,9 @@ class Decoder:
         self.prefill_kernel = model.execution.attention_kernel
         self._build_modules(model, int8, is_native)
 
+        self.rotary_tables = self._build_rotary_tables()
+        self.mask_B11S = torch.empty(n_streams, 1, 1, max_tokens, dtype=self.dtype, device=self.device)
+        self.rows_B = torch.arange(n_streams, device=self.device)
         self.n_past_B = torch.zeros(n_streams, dtype=torch.int64, device=self.device)
         self.next_ids_B = torch.zeros(n_streams, dtype=torch.int64, device=self.device)
         self.decode_step: Callable[[], Tensor] = self._step
@@ -176,17 +183,31 @@ class Decoder:
             x_BTD = block.forward(x_BTD, context, cache)
         return self.model.head(self.model.final_norm(x_BTD[:, -1:]))[:, 0]
 
+    def _build_rotary_tables(self) -> dict[tuple[int, float], tuple[Tensor, Tensor]]:
+        """Cosines and sines (S, R) of all positions, by what the layers ask for."""
+        positions_1S = torch.arange(self.max_tokens, device=self.device)[None]
+        context = AttentionContext(0, positions_1S, None, None)
+        for block in self.model.typed_blocks():
+            block.attention.prepare(context)
+        return {key: (cos[0, :, 0], sin[0, :, 0]) for key, (cos, sin) in context.rotary_tables.items()}
+
     def _step(self) -> Tensor:
         """Feed next_ids_B at the places n_past_B, count them, and return the logits of what follows."""
-        context = build_step_context(self.n_past_B, self.max_tokens, self.dtype, self.kernel)
+        self.mask_B11S[self.rows_B, 0, 0, self.n_past_B] = 0.0
+        rotary = {
+            key: (cos_SR[self.n_past_B][:, None, None], sin_SR[self.n_past_B][:, None, None])
+            for key, (cos_SR, sin_SR) in self.rotary_tables.items()
+        }
+        context = AttentionContext(
+            self.n_past_B, self.n_past_B[:, None], None, self.mask_B11S, self.kernel, rotary_tables=rotary
+        )
         logits_BV = self._compute_logits(self.next_ids_B[:, None], context, self.caches)
         self.n_past_B.add_(1)
         return logits_BV
 
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         """Fill the caches with the prompts, each by itself: a stream does not depend on its neighbours' lengths."""
-        for cache in self.caches:
-            cache.clear()
+        self._clear()
         rows = []
         for row, prompt_ids in enumerate(prompts):
             ids_BT = torch.tensor([prompt_ids], device=self.device)
@@ -195,15 +216,25 @@ class Decoder:
             context = build_context(x_BTD, history=history, kernel=self.prefill_kernel)
             rows.append(self._compute_logits(ids_BT, context, [cache.row(row) for cache in self.caches]))
             self.n_past_B[row] = len(prompt_ids)
+            self.mask_B11S[row, ..., : len(prompt_ids)] = 0.0
         return torch.cat(rows)
+
+    def _clear(self) -> None:
+        for cache in self.caches:
+            cache.clear()
+        self.mask_B11S.fill_(-torch.inf)
+        self.n_past_B.zero_()
+        self.next_ids_B.zero_()
 
     def _compile(self) -> Callable[[], Tensor]:
         """One graph of a step; on a GPU also recorded, and replayed without the host."""
-        options = CPU_OPTIONS if self.device.type == "cpu" else {}
-        step = torch.compile(self._step, fullgraph=True, dynamic=False, options=options)
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        if self.device.type == "cpu":
+            options |= {**CPU_OPTIONS, "aot_inductor.custom_ops_to_c_shims": direct_calls()}
+        # Nothing that the step reads is ever replaced: no guards. Isolated: no other decoder takes it for its own.
+        step = torch.compile(self._step, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
         with torch.no_grad():
-            for cache in self.caches:
-                cache.clear()
+            self._clear()
             step()
             if self.device.type != "cuda":
                 return step
