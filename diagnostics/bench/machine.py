@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +20,25 @@ class BusyError(Exception):
     """Others use the processor; a timing would measure them too."""
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What others use of the processor from now on."""
+
+    began: float
+    before: dict[str, float]
+
+    @classmethod
+    def start(cls) -> "Watch":
+        """Begin to watch."""
+        return cls(time.monotonic(), dict(_processor_seconds()))
+
+    def busy(self) -> dict[str, float]:
+        """Who used more than MAX_FOREIGN_SHARE of a core since then, with the share."""
+        passed = time.monotonic() - self.began
+        shares = {name: (used - self.before.get(name, 0.0)) / passed for name, used in _processor_seconds()}
+        return {name: share for name, share in shares.items() if share > MAX_FOREIGN_SHARE}
+
+
 def wait_until_quiet() -> None:
     """Return when nothing but this process and its children has used the processor for a second.
 
@@ -27,15 +47,20 @@ def wait_until_quiet() -> None:
     """
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        before = dict(_processor_seconds())
+        watch = Watch.start()
         time.sleep(WATCHED_S)
-        used = {name: seconds - before.get(name, 0.0) for name, seconds in _processor_seconds()}
-        busy = {name: seconds / WATCHED_S for name, seconds in used.items() if seconds / WATCHED_S > MAX_FOREIGN_SHARE}
+        busy = watch.busy()
         if not busy:
             return
         if time.monotonic() > deadline:
-            told = ", ".join(f"{name} ({share:.0%} of a core)" for name, share in busy.items())
-            raise BusyError(f"the machine must be quiet to time anything, but at work are: {told}; end them or wait")
+            raise BusyError(
+                f"the machine must be quiet to time anything, but at work are: {told(busy)}; end them or wait"
+            )
+
+
+def told(busy: dict[str, float]) -> str:
+    """Who is at work, in words."""
+    return ", ".join(f"{name} ({share:.0%} of a core)" for name, share in busy.items())
 
 
 def _processor_seconds() -> Iterator[tuple[str, float]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from diagnostics.bench.machine import wait_until_quiet
+from diagnostics.bench.machine import Watch, told, wait_until_quiet
 from diagnostics.bench.workers import Worker
 
 N_SEGMENTS = 5
@@ -42,20 +42,23 @@ def time_in_turn(contestants: list[Worker], n_steps: int) -> dict[str, Segments]
             if segments[worker.name].are_enough:
                 continue
             wait_until_quiet()
+            watch = Watch.start()
             before = max(worker.ask(do="calibrate")["gflops"])
             seconds = worker.ask(do="steps", n=n_steps)["seconds"]
             after = max(worker.ask(do="calibrate")["gflops"])
+            busy = watch.busy()
             best = max(best, before, after)
             is_steady = abs(before - after) <= MAX_DRIFT * max(before, after)
-            if is_steady and min(before, after) >= (1 - MAX_BELOW_BEST) * best:
+            if is_steady and min(before, after) >= (1 - MAX_BELOW_BEST) * best and not busy:
                 segments[worker.name].seconds.append(seconds)
                 segments[worker.name].peaks_gflops.append((before + after) / 2)
             else:
                 n_thrown_away += 1
                 seen = f"{before:.0f} GFLOP/s before, {after:.0f} after, {best:.0f} at best"
+                seen += f"; beside {told(busy)}" if busy else ""
                 print(f"thrown away: {worker.name}, GEMM {seen}")
     print(
         f"{n_thrown_away} segments were thrown away: GEMM rates around them differed by more than {MAX_DRIFT:.0%}, "
-        f"or lay more than {MAX_BELOW_BEST:.0%} below the best"
+        f"or lay more than {MAX_BELOW_BEST:.0%} below the best, or others were at work"
     )
     return segments

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,7 @@ class Answers:
 
 def test_segments_beside_other_work_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_by_side, "wait_until_quiet", lambda: None)
+    monkeypatch.setattr(machine.Watch, "busy", lambda self: {})
     steady = Answers("steady", [100.0] * 10)
     drifting = Answers("drifting", [100.0, 90.0, 80.0, 80.0, *[98.0] * 10])  # the second was slow on both sides
     never = Answers("never", [100.0, 50.0] * 10)
@@ -113,6 +115,25 @@ def test_segments_beside_other_work_do_not_count(monkeypatch: pytest.MonkeyPatch
     assert [segments[name].are_enough for name in ("steady", "drifting", "never")] == [True, True, False]
     assert segments["drifting"].peaks_gflops == [98.0] * 5
     assert segments["never"].seconds == []
+
+
+def test_a_segment_beside_others_at_work_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "wait_until_quiet", lambda: None)
+    monkeypatch.setattr(machine.Watch, "busy", lambda self: {"cc1plus [7]": 0.5})
+    segments = side_by_side.time_in_turn([Answers("steady", [100.0] * 20)], n_steps=1)
+    assert segments["steady"].seconds == []
+
+
+def test_work_that_begins_within_a_segment_is_seen() -> None:
+    watch = machine.Watch.start()
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        time.sleep(0.5)
+        assert watch.busy()
+    finally:
+        subprocess.run(["pkill", "--session", str(process.pid)], check=True)
+        process.wait()
 
 
 def test_a_token_that_is_not_greedy_shows() -> None:
