@@ -150,7 +150,7 @@ class TrainingConfig:
     smaller micro-batches and checkpointing where those are left to choose, else refused before the first step."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
-    eval_every: PositiveInt = 200
+    eval_every: PositiveInt = 400
     """Steps between two evaluations on the whole validation text; there is one before the first step and at the end."""
     checkpoint_every: PositiveInt = 100
     """Steps between two checkpoints; there is one at the end and at SIGTERM as well."""
