@@ -23,6 +23,7 @@ from hydra.runtime.paths import CONFIG, next_free, workspace_root
 if TYPE_CHECKING:
     from hydra.model.framework import ModelSpec
     from hydra.optim import OptimizerSpec
+    from hydra.runtime.choices import AskedChoices
 
 
 def _as_tuple(value: object) -> object:
@@ -284,6 +285,22 @@ class TrainingConfig:
             muon_momentum=self.muon_momentum,
             muon_weight_decay=self.muon_weight_decay,
         )
+
+    def asked_choices(self) -> "AskedChoices":
+        """What is asked for of what a run chooses once; `auto` is resolved on the machine that begins it."""
+
+        def choose_attention_kernel(device: str) -> tuple[str, str]:
+            from hydra.attention.core import choose_kernel
+
+            return choose_kernel(device, self.context_length)
+
+        return {
+            "device": self.device,
+            "threads": self.threads,
+            "dtype": self.dtype,
+            "attention_kernel": self.attention_kernel,
+            "choose_attention_kernel": choose_attention_kernel,
+        }
 
     def differences(self, other: "TrainingConfig | None" = None) -> dict[str, tuple[object, object]]:
         """Fields that differ from `other` (left out: from its own preset), as (other's value, own value)."""

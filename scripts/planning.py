@@ -17,7 +17,6 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from hydra.attention.core import choose_kernel
 from hydra.data import Batch
 from hydra.errors import MemoryLimitError
 from hydra.model.framework import HydraModel
@@ -157,13 +156,7 @@ def forecast(config: TrainingConfig, run_dir: Path | None = None) -> Forecast:
     """
     stored = paths.read_json(run_dir / paths.MEMORY_PLAN) if run_dir else {}
     vocab_size = _vocab_size(config, run_dir)
-    choices = resolve(
-        device=config.device,
-        threads=config.threads,
-        dtype=config.dtype,
-        attention_kernel=config.attention_kernel,
-        choose_attention_kernel=lambda device: choose_kernel(device, config.context_length),
-    )[0]
+    choices = resolve(**config.asked_choices())[0]
     memory = MemoryPlan.from_dict(stored) if stored else plan_memory(config, choices, vocab_size)
     with torch.device("meta"):
         model = HydraModel(config.model_spec(vocab_size))

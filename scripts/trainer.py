@@ -9,7 +9,6 @@ Exit status: 0 done, 1 failed, 2 bad config, 75 cut off and resumable.
 import logging
 import math
 import os
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hydra.attention.core import choose_kernel
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
 from hydra.errors import ConfigError, HydraError, MemoryLimitError, NotFiniteError
 from hydra.model.framework import Execution, HydraModel, build_model
@@ -29,7 +27,7 @@ from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, 
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import FORMAT, logging_to
 from hydra.runtime.memory import MemoryPlan, read_host_memory
-from hydra.runtime.memory.host import reset_peak
+from hydra.runtime.memory.host import read_peak_bytes, reset_peak
 from hydra.runtime.memory.plan import allowed_memory
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 from hydra.runtime.signals import StopRequest
@@ -277,14 +275,7 @@ class Trainer:
     # ---------------------------------------------------------------- before the first step, and after the last
 
     def _prepare(self) -> None:
-        choices = choose_once(
-            self.run_dir,
-            device=self.config.device,
-            threads=self.config.threads,
-            dtype=self.config.dtype,
-            attention_kernel=self.config.attention_kernel,
-            choose_attention_kernel=lambda device: choose_kernel(device, self.config.context_length),
-        )
+        choices = choose_once(self.run_dir, **self.config.asked_choices())
         set_up_torch(choices, self.config.seed, workspace_root() / self.config.data_dir / COMPILE_CACHE)
         self.device = torch.device(choices.device)
 
@@ -427,7 +418,7 @@ class Trainer:
     def _peak_memory_mib(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return read_peak_bytes() / 2**20
 
 
 def execution_of(choices: Choices) -> Execution:

@@ -2,12 +2,12 @@
 
 import importlib.metadata
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from hydra.runtime.environment import describe_session
 
 ROOT = Path(__file__).parents[2]
 WATCHED_S = 1.0
@@ -80,29 +80,23 @@ def describe() -> dict[str, object]:
     """Processor, cores, versions and commit, as they stand beside every figure."""
     import torch
 
-    processor = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
-    )
-    family = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("cpu family")][:1]
-    model = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model\t")][:1]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    session = describe_session()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    family = [line.partition(":")[2].strip() for line in lines if line.startswith("cpu family")][:1]
+    model = [line.partition(":")[2].strip() for line in lines if line.startswith("model\t")][:1]
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": f"{processor} (family {'/'.join(family + model)})",
-        "n_cores": len(os.sched_getaffinity(0)),
+        "processor": f"{session['cpu']} (family {'/'.join(family + model)})",
+        "n_cores": session["n_cores"],
         "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
         "amx": torch.cpu._is_amx_tile_supported(),
-        "python": platform.python_version(),
+        "python": session["python"],
         "torch": torch.__version__,
         "hydra": importlib.metadata.version("hydra-workspace"),
-        "commit": commit.strip(),
+        "commit": str(session["git_commit"])[:7],
     }
 
 
 def is_same(one: dict[str, object], other: dict[str, object]) -> bool:
     """Whether two descriptions are of the same kind of machine with the same torch."""
     return all(one[name] == other[name] for name in ("processor", "n_cores", "torch"))
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines()

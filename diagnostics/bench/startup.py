@@ -1,6 +1,5 @@
 """From the start of the process to the first optimizer step, and to the first step of compiled code, cache warm."""
 
-import json
 import statistics
 import subprocess
 import sys
@@ -10,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.bench.machine import ROOT, wait_until_quiet
+from hydra.runtime.paths import METRICS
+from hydra.runtime.records import read_records
 from scripts.config import TrainingConfig
+from scripts.launch import write_config_once
 
 N_STARTS = 5
 LIMIT_S = 120.0
@@ -32,8 +34,7 @@ def run(data_dir: str, threads: int) -> dict[str, Any]:
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for start in range(N_STARTS + 1):
         run_dir = Path(tempfile.mkdtemp()) / "run"
-        run_dir.mkdir()
-        (run_dir / "config.json").write_text(TrainingConfig.preset("debug", **fields).to_json())
+        write_config_once(TrainingConfig.preset("debug", **fields), run_dir)
         wait_until_quiet()
         reached = _seconds_to_steps(run_dir)
         if start:  # the first one fills the caches
@@ -50,16 +51,13 @@ def _seconds_to_steps(run_dir: Path) -> dict[int, float]:
         stderr=subprocess.DEVNULL,
     )
     reached: dict[int, float] = {}
-    metrics = run_dir / "metrics.jsonl"
     while len(reached) < 2:
         now = time.perf_counter() - began
         if now > LIMIT_S or (process.poll() is not None and process.returncode != 0):
             raise RuntimeError(f"the trainer must take two steps within {LIMIT_S} s, but has not; see {run_dir}")
-        if metrics.exists():
-            for line in metrics.read_text().splitlines():
-                record = json.loads(line) if line.endswith("}") else {}
-                if "loss_nats" in record:
-                    reached.setdefault(record["step"], now)
+        for record in read_records(run_dir / METRICS):
+            if "loss_nats" in record:
+                reached.setdefault(record["step"], now)
         time.sleep(0.005)
     process.wait()
     return reached

@@ -23,6 +23,7 @@ from diagnostics.bench.machine import ROOT, wait_until_quiet
 from hydra.model.framework import build_model
 from hydra.runtime import Run
 from scripts.config import TrainingConfig
+from scripts.launch import write_config_once
 
 SEEDS = (1, 2, 3)
 RECIPE = "nanoGPT's CPU recipe"
@@ -162,7 +163,6 @@ def _run_recipe(race: Race, folder: Path, seed: int, threads: int) -> dict[str, 
 
 def _run_hydra(race: Race, folder: Path, seed: int, threads: int, data_dir: str) -> dict[str, float]:
     run_dir = Path(tempfile.mkdtemp()) / "run"
-    run_dir.mkdir()
     fields = {
         "corpus": str(folder / "train.txt"),
         "tokenizer": "characters",
@@ -175,7 +175,7 @@ def _run_hydra(race: Race, folder: Path, seed: int, threads: int, data_dir: str)
         "sample_tokens": 0,
         **race.config,
     }
-    (run_dir / "config.json").write_text(TrainingConfig.preset("debug", **fields).to_json())
+    write_config_once(TrainingConfig.preset("debug", **fields), run_dir)
     began = time.perf_counter()
     command = [sys.executable, "-m", "scripts.trainer", str(run_dir)]
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
@@ -191,13 +191,9 @@ def _judge(run: Run, text: str, n_tokens: int) -> float:
     model, tokenizer = run.load_model(build_model), run.load_tokenizer()
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
     assert len(ids) == len(text), "a character of the validation text is not in the training text"
-    n_windows = (len(ids) - 1) // n_tokens
-    inputs = ids[: n_windows * n_tokens].view(n_windows, n_tokens)
-    targets = ids[1 : n_windows * n_tokens + 1].view(n_windows, n_tokens)
-    total = 0.0
-    for i, t in zip(inputs.split(64), targets.split(64), strict=True):
-        total += model(i, t).losses["cross_entropy"].item()
-    return total / (n_windows * n_tokens)
+    windows = nanogpt.cut_windows(ids, n_tokens)
+    total = sum(model(i, t).losses["cross_entropy"].item() for i, t in windows)
+    return total / sum(i.numel() for i, _ in windows)
 
 
 def table(result: dict[str, Any]) -> list[str]:

@@ -47,7 +47,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compute_dtype = torch.promote_types(x_XD.dtype, torch.float32)
         loss = torch.zeros((), dtype=compute_dtype, device=x_XD.device)
         needs_grad = any(ctx.needs_input_grad)
-        # Zeros, and no running sum, where one chunk is all there is.
         grad_x_XD = torch.empty_like(x_XD) if needs_grad else None
         grad_weight_VD = None
         length = chunk_length(weight_VD.shape[0])
@@ -61,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += chunk_loss
             torch.mm(grad_logits_CV, weight_VD, out=grad_x_XD[start : start + length])
             part_VD = grad_logits_CV.T @ x_CD
-            if x_XD.shape[0] <= length:
+            if x_XD.shape[0] <= length:  # one chunk is all there is: no running sum in float32
                 grad_weight_VD = part_VD
             elif grad_weight_VD is None:
                 grad_weight_VD = part_VD.to(compute_dtype)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from hydra.errors import ConfigError
 from hydra.runtime.environment import describe_session, record_choices, record_session
@@ -31,6 +32,16 @@ class Choices:
     """Rows of one forward and backward pass; 0 until memory has been planned."""
     activation_checkpointing: str = "none"
     """What blocks keep for their backward pass, as hydra.model.framework.Execution names it."""
+
+
+class AskedChoices(TypedDict):
+    """Arguments of `choose_once` and `resolve`, which say what they mean."""
+
+    device: str
+    threads: int
+    dtype: str
+    attention_kernel: str
+    choose_attention_kernel: Callable[[str], tuple[str, str]] | None
 
 
 def choose_once(

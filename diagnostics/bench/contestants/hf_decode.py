@@ -6,8 +6,9 @@ import sys
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
+from diagnostics.bench.contestants.llama import build_config
 from diagnostics.bench.gate import Gate, decode_at_gate
 
 
@@ -15,18 +16,7 @@ def main(spec: dict[str, Any]) -> None:
     """Decode for as long as the harness asks."""
     gate = Gate(spec)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=spec["vocab_size"],
-        hidden_size=spec["d_model"],
-        intermediate_size=spec["d_gated_feed_forward"],
-        num_hidden_layers=spec["n_layers"],
-        num_attention_heads=spec["n_heads"],
-        num_key_value_heads=spec["n_heads"],
-        max_position_embeddings=spec["n_tokens"],
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = build_config(spec, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
     exact = LlamaForCausalLM(config).eval()
     model = copy.deepcopy(exact).to(getattr(torch, spec["dtype"]))
     greedy = GenerationConfig(max_new_tokens=spec["n_new"], do_sample=False, use_cache=True, pad_token_id=0)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from diagnostics.bench.contestants.llama import build_config
 from diagnostics.bench.gate import Gate
 
 
@@ -59,16 +60,7 @@ def main(spec: dict[str, Any]) -> None:
     """Train for as long as the harness asks."""
     gate = Gate(spec)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=spec["vocab_size"],
-        hidden_size=spec["d_model"],
-        intermediate_size=spec["d_gated_feed_forward"],
-        num_hidden_layers=spec["n_layers"],
-        num_attention_heads=spec["n_heads"],
-        num_key_value_heads=spec["n_heads"],
-        max_position_embeddings=spec["n_tokens"],
-        use_cache=False,
-    )
+    config = build_config(spec, use_cache=False)
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=spec["n_rows"],

@@ -109,6 +109,14 @@ def cosine(recipe: dict[str, Any], step: int, share: float) -> float:
     return 0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * fall))
 
 
+def cut_windows(ids: Tensor, n_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets [windows, n_tokens] of a text in whole windows, 64 windows at a time."""
+    n_windows = (len(ids) - 1) // n_tokens
+    inputs = ids[: n_windows * n_tokens].view(n_windows, n_tokens)
+    targets = ids[1 : n_windows * n_tokens + 1].view(n_windows, n_tokens)
+    return list(zip(inputs.split(64), targets.split(64), strict=True))
+
+
 def train_recipe(recipe: dict[str, Any]) -> None:
     """Its whole recipe on characters; prints one line of JSON. Time counts from the start of the process."""
     torch.set_num_threads(recipe["threads"])
@@ -136,14 +144,12 @@ def train_recipe(recipe: dict[str, Any]) -> None:
     train_seconds = time.perf_counter() - began
     model.eval()
     judged = time.perf_counter()
-    n_windows = (len(validation) - 1) // n_tokens
-    inputs = validation[: n_windows * n_tokens].view(n_windows, n_tokens)
-    targets = validation[1 : n_windows * n_tokens + 1].view(n_windows, n_tokens)
+    windows = cut_windows(validation, n_tokens)
     with torch.no_grad():
-        sums = [model(i, t).item() * len(i) for i, t in zip(inputs.split(64), targets.split(64), strict=True)]
+        sums = [model(i, t).item() * len(i) for i, t in windows]
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     result = {
-        "val_loss_nats": sum(sums) / n_windows,
+        "val_loss_nats": sum(sums) / sum(len(i) for i, _ in windows),
         "n_parameters": n_parameters,
         "steps": step,
         "train_seconds": train_seconds,

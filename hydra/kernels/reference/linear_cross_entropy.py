@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from hydra.kernels.linear_cross_entropy import IGNORE_INDEX
 
 
 def linear_cross_entropy(x_XD: Tensor, weight_VD: Tensor, targets_X: Tensor) -> Tensor:

@@ -67,9 +67,10 @@ class HydraModel(nn.Module):
         """
         # Each shape of each model that a process builds is a form of the same code; torch expects fewer.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        if self.execution.activation_checkpointing == "selective":
-            # Read when a block is compiled, and part of the key under which its compiled form is kept.
-            torch._functorch.config.activation_memory_budget = SELECTIVE_BUDGET
+        # Read when a block is compiled, and part of the key under which its compiled form is kept. It is the process's:
+        # set in either case, since a model before this one may have left its own.
+        is_selective = self.execution.activation_checkpointing == "selective"
+        torch._functorch.config.activation_memory_budget = SELECTIVE_BUDGET if is_selective else 1.0
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
         self.final_norm.compile(fullgraph=True, dynamic=False)
