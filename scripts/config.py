@@ -152,7 +152,7 @@ class TrainingConfig:
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
     eval_every: PositiveInt = 400
-    """Steps between two evaluations on the whole validation text; there is one before the first step and at the end."""
+    """Steps between two evaluations on the whole validation text; there is one at the end as well."""
     checkpoint_every: PositiveInt = 100
     """Steps between two checkpoints; there is one at the end and at SIGTERM as well."""
     keep_checkpoints: PositiveInt = 2

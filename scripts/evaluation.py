@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -12,6 +13,11 @@ from scripts.config import TrainingConfig
 
 TEMPERATURE = 0.8
 TOP_K = 50
+
+
+def as_written(model: HydraModel) -> AbstractContextManager[object]:
+    """Without the compiler's code: its form without gradients takes longer to compile than many evaluations save."""
+    return torch.compiler.set_stance("force_eager") if model.is_compiled else nullcontext()
 
 
 @torch.no_grad()

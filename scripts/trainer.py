@@ -32,7 +32,7 @@ from hydra.runtime.memory.plan import allowed_memory
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 from hydra.runtime.signals import StopRequest
 from scripts.config import TrainingConfig, refuse_difference
-from scripts.evaluation import evaluate, write_sample
+from scripts.evaluation import as_written, evaluate, write_sample
 from scripts.launch import launch, write_config_once
 
 __all__ = ["RunResult", "StepResult", "Trainer", "launch"]
@@ -222,24 +222,25 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         """Evaluate and sample at the due steps; a run that was cut off before this was written does it on resume."""
-        is_due = self.step % self.config.eval_every == 0 or self.step == self.config.max_steps
+        is_due = self.step > 0 and (self.step % self.config.eval_every == 0 or self.step == self.config.max_steps)
         if not is_due or self.step in self._evaluated_steps:
             return
         began = time.perf_counter()
         self.ledger.update(stage="evaluating")
         self.model.eval()
-        figures = evaluate(
-            self.model,
-            self.dataset,
-            self.device,
-            n_rows=self.micro_batch_size,
-            n_tokens=self.config.context_length,
-            is_stopped=lambda: self.stop.is_set,
-        )
-        if figures is None:
-            return
-        if self.config.sample_tokens:
-            text = write_sample(self.model, self.dataset, self.config)
+        with as_written(self.model):
+            figures = evaluate(
+                self.model,
+                self.dataset,
+                self.device,
+                n_rows=self.micro_batch_size,
+                n_tokens=self.config.context_length,
+                is_stopped=lambda: self.stop.is_set,
+            )
+            if figures is None:
+                return
+            text = write_sample(self.model, self.dataset, self.config) if self.config.sample_tokens else None
+        if text is not None:
             sample = {"step": self.step, "prompt": self.config.sample_prompt, "text": text}
             append_record(self.run_dir / paths.SAMPLES, sample)
         self.metrics.write({"step": self.step, "tokens": self.tokens, **figures, "elapsed_s": self.ledger.train_s})

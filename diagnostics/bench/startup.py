@@ -66,8 +66,8 @@ def _seconds_to_steps(run_dir: Path) -> dict[int, float]:
 def table(result: dict[str, Any]) -> list[str]:
     """Lines of Markdown."""
     lines = [
-        "`python -m scripts.trainer` on the debug preset's model, interpreter and imports included, compiler's cache "
-        "warm; one evaluation (of 1 kB of text) stands before the first step.",
+        "`python -m scripts.trainer` on the debug preset's model, interpreter and imports included, memory plan and "
+        "compiler's cache warm.",
         "",
         "| process start to | seconds (median of 5) | all |",
         "|---|---|---|",

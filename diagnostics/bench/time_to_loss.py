@@ -38,6 +38,8 @@ class Race:
     config: dict[str, Any]
     known: str
     """What the recipe's own code is known to give, to be compared with."""
+    known_nats: float | None = None
+    """Its own final validation loss where it is known: HYDRA must reach that too."""
     seeds: tuple[int, ...] = field(default=SEEDS)
 
 
@@ -55,18 +57,26 @@ RACES = {
             "max_steps": 2000,
             "seconds": None,
         },
+        # So few steps that compiling, even from a warm cache, takes longer than it saves.
         config={
             "d_model": 128,
-            "n_layers": 4,
+            "n_layers": 2,
             "n_heads": 4,
-            "d_feed_forward": 512,
+            "feed_forward": "swiglu",
+            "d_feed_forward": 384,
             "context_length": 64,
             "batch_size": 32,
             "micro_batch_size": 32,
-            "max_steps": 220,
-            "warmup_steps": 5,
+            "max_steps": 95,
+            "warmup_steps": 0,
+            "learning_rate": 1e-2,
+            "muon_learning_rate": 0.02,
+            "muon_momentum": 0.85,
+            "validation_fraction": 0.001,
+            "compile_from_step": None,
         },
-        known="its own code: 1.8857 after 2,000 steps of 768 tokens, in 103 s on two Zen 5 cores",
+        known="its own code ends at 1.8857 by its estimate on 20 batches, at 1.8982 on the whole validation text",
+        known_nats=1.8857,
     ),
     # Dropout is left out: ten minutes see the text once or twice, and dropout would only slow that down.
     "characters-10.7M": Race(
@@ -83,8 +93,6 @@ RACES = {
             "seconds": 600.0,
         },
         config={
-            "attention": "gqa",
-            "attention_options": {"n_kv_heads": 6, "qk_norm": True},
             "d_model": 384,
             "n_layers": 6,
             "n_heads": 6,
@@ -92,8 +100,11 @@ RACES = {
             "context_length": 256,
             "batch_size": 16,
             "micro_batch_size": 16,
-            "max_steps": 80,
-            "warmup_steps": 5,
+            "max_steps": 40,
+            "warmup_steps": 0,
+            "muon_learning_rate": 0.02,
+            "muon_momentum": 0.85,
+            "validation_fraction": 0.001,
         },
         known="its own code: 2,860 tokens/s on two Zen 5 cores",
     ),
@@ -130,7 +141,8 @@ def run(name: str, data_dir: str, threads: int, text: Path, stored: dict[str, An
             rows[RECIPE].append(_run_recipe(race, folder, seed, threads))
         wait_until_quiet()
         rows["HYDRA"].append(_run_hydra(race, folder, seed, threads, data_dir))
-    target = statistics.mean(row["val_loss_nats"] for row in rows[RECIPE])
+    mean = statistics.mean(row["val_loss_nats"] for row in rows[RECIPE])
+    target = min(mean, race.known_nats or mean)
     n_reached = sum(row["val_loss_nats"] <= target for row in rows["HYDRA"])
     is_smaller = rows["HYDRA"][0]["n_parameters"] <= rows[RECIPE][0]["n_parameters"]
     times = {who: statistics.median(row["seconds"] for row in of) for who, of in rows.items()}
@@ -205,8 +217,8 @@ def table(result: dict[str, Any]) -> list[str]:
     )
     before = f"; {result['n_runs_of_before']} of its runs are of before" if result["n_runs_of_before"] else ""
     lines = [
-        f"Target {result['target_nats']:.4f} nats per character, the mean of the recipe's seeds ({result['known']}"
-        f"{before}). HYDRA: {faster}; {result['reached']} seeds reached it.",
+        f"Target {result['target_nats']:.4f} nats per character, the lower of the mean of the recipe's seeds and of "
+        f"what is known ({result['known']}{before}). HYDRA: {faster}; {result['reached']} seeds reached it.",
         "",
         "| | parameters | whole process, s | validation loss, nats |",
         "|---|---|---|---|",

@@ -1,5 +1,6 @@
 """The optimizers of a run: AdamW for everything, or Muon for the hidden matrices and AdamW for the rest."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,18 @@ from torch.optim import Optimizer
 
 from hydra.optim.groups import group_parameters
 from hydra.optim.muon import Muon
+
+# torch's optimizers import torch's compiler when they are made and at every step, only to tell it to keep out. That
+# takes a second, as long as importing torch; nothing here compiles an optimizer, so they are taken as they are written.
+for _method in (Optimizer.add_param_group, Optimizer.zero_grad):
+    _written = inspect.unwrap(_method)
+    _written.__dynamo_disable = _written  # type: ignore[attr-defined]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the compiler's import."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +70,7 @@ def build_optimizers(named: Mapping[str, nn.Parameter], spec: OptimizerSpec, dty
         assert spec.kind == "adamw", spec.kind
         adamw.append({"params": list(groups.hidden.values()), "weight_decay": spec.weight_decay})
     adamw = [group for group in adamw if group["params"]]
-    optimizers.append(
-        torch.optim.AdamW(adamw, lr=spec.learning_rate, betas=spec.adam_betas, eps=spec.adam_eps, fused=True)
-    )
+    optimizers.append(AdamW(adamw, lr=spec.learning_rate, betas=spec.adam_betas, eps=spec.adam_eps, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -186,6 +186,8 @@ def set_up_torch(choices: Choices, seed: int, compile_cache: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compile_cache))
     # A pool of compiling processes takes longer to start than the few regions of a model take to compile.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # What /proc/cpuinfo lists is taken, without compiling and loading a probe for each: a second in every process.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     keep_freed_memory()
     torch.set_num_threads(choices.threads)
     # torch.use_deterministic_algorithms does this and tells torch's compiler, whose import takes a second: that is left

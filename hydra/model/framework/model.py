@@ -48,7 +48,8 @@ class HydraModel(nn.Module):
         self.spec = spec
         self.execution = execution or Execution()
         self.is_compiled = False
-        self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
+        # Its own way of drawing first values imports torch's compiler on the meta device, which takes a second.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(spec, layer_index) for layer_index in range(spec.n_layers))
         self.final_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
         # A tied head is no parameter of its own, so that nothing can untie it: not to_empty, not a checkpoint.
