@@ -125,6 +125,9 @@ class TrainingConfig:
     """AdamW's decay of the mean of squared gradients."""
     adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the root of AdamW's second moment."""
+    adam_state: Literal["float32", "8bit"] = "float32"
+    """How AdamW keeps its two moments: 4 bytes each, or 1 (blocks of 256 with a scale; Dettmers et al., arXiv
+    2110.02861, by torchao, whose step is always compiled)."""
     max_gradient_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are scaled down to this L2 norm over all parameters when they exceed it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -146,12 +149,15 @@ class TrainingConfig:
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What a block keeps for its backward pass: all it needs, its matrix products (compiled: half of it), or its input
     alone; the rest is computed again. `auto` keeps what fits the memory. Chosen once, then kept by the run."""
+    optimizer_offload: Literal["auto", "no", "yes"] = "auto"
+    """Whether float32 weights and optimizer state stay in the host's memory and are stepped there, for a GPU that is
+    too small for them. `auto`: when nothing else fits. Chosen once, then kept by the run."""
     memory_limit_mib: Annotated[int, Field(ge=0)] = 0
-    """Most memory the trainer may take, in MiB; 0: nine tenths of what the host allows. What would take more is met by
-    smaller micro-batches and checkpointing where those are left to choose, else refused before the first step."""
+    """Most memory the trainer may take, in MiB; 0: nine tenths of what host or GPU allow. What would take more is met
+    by smaller micro-batches and checkpointing where those are left to choose, else refused before the first step."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics.jsonl."""
-    eval_every: PositiveInt = 400
+    eval_every: PositiveInt = 300
     """Steps between two evaluations on the whole validation text; there is one at the end as well."""
     checkpoint_every: PositiveInt = 100
     """Steps between two checkpoints; there is one at the end and at SIGTERM as well."""
@@ -281,6 +287,7 @@ class TrainingConfig:
             weight_decay=self.weight_decay,
             adam_betas=(self.adam_beta1, self.adam_beta2),
             adam_eps=self.adam_eps,
+            adam_state=self.adam_state,
             muon_learning_rate=self.muon_learning_rate,
             muon_momentum=self.muon_momentum,
             muon_weight_decay=self.muon_weight_decay,
@@ -383,6 +390,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 ADDED_LATER: Mapping[str, object] = {
     "zero_init": False,
     "optimizer": "adamw",
+    "adam_state": "float32",
     "muon_learning_rate": 0.02,
     "muon_momentum": 0.95,
     "muon_weight_decay": 0.0,
@@ -390,6 +398,7 @@ ADDED_LATER: Mapping[str, object] = {
     "attention_kernel": "scaled_dot_product",
     "compile_from_step": None,
     "activation_checkpointing": "none",
+    "optimizer_offload": "no",
     "memory_limit_mib": 0,
 }
 

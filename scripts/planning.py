@@ -18,14 +18,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from hydra.data import Batch
-from hydra.errors import MemoryLimitError
+from hydra.errors import ConfigError, MemoryLimitError
 from hydra.model.framework import HydraModel
 from hydra.model.framework.checkpointing import SELECTIVE_BUDGET
 from hydra.model.framework.execution import CHECKPOINTING
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.choices import Choices, resolve
 from hydra.runtime.forecast import Forecast, measure_matrix_rate
-from hydra.runtime.memory import HostMemory, MemoryPlan, Prediction, read_host_memory
+from hydra.runtime.memory import HostMemory, MemoryPlan, Prediction, read_memory
 from hydra.runtime.memory.compiled import Region, StandIn, map_tensors, trace_region
 from hydra.runtime.memory.plan import (
     MIB,
@@ -36,6 +36,7 @@ from hydra.runtime.memory.plan import (
     digest_of,
     find_rung,
     predict,
+    predict_on_gpu,
 )
 from hydra.runtime.memory.tracker import Rehearsal
 from scripts.config import TrainingConfig
@@ -46,6 +47,7 @@ no longer hold what goes from one layer to the next. A GPU takes all that fits."
 SHARE_OF_RATE = 0.6
 """Of the rate of a matrix product alone, which a training step reaches on a CPU (55 to 75 % were measured)."""
 N_REHEARSED_STEPS = 3
+LEAST = "micro_batch_size=0, activation_checkpointing=auto, optimizer_offload=auto"
 PLANS = "memory-plans"  # under data_dir, shared by runs
 SOURCES = [Path(__file__).parents[1] / name for name in ("hydra", "scripts/trainer.py", "scripts/planning.py")]
 
@@ -59,10 +61,12 @@ def plan_memory(
         choices: device, dtype and kernel; what it says of memory is not read.
         host: left out, this machine.
     Raises:
+        ConfigError: the optimizer is to leave a device that is the host itself.
         MemoryLimitError: naming need, limit and the nearest config that would fit.
     """
-    limit = allowed_memory(host or read_host_memory(), config.memory_limit_mib)
-    ladder = build_ladder(_micro_batch_sizes(config, choices.device), _checkpointing(config))
+    limit = allowed_memory(host or read_memory(choices.device), config.memory_limit_mib)
+    offload = _optimizer_offload(config, choices.device)
+    ladder = build_ladder(_micro_batch_sizes(config, choices.device), _checkpointing(config), offload)
     predictions: dict[Rung, Prediction] = {}
 
     def total_of(rung: Rung) -> int:
@@ -74,15 +78,25 @@ def plan_memory(
         least = min(tried, key=lambda one: tried[one])
         raise MemoryLimitError(
             f"a training step must take at most {limit.limit_bytes / MIB:,.0f} MiB ({limit.source}), but needs "
-            f"{tried[least] / MIB:,.0f} MiB with micro_batch_size={least.micro_batch_size} and "
-            f"activation_checkpointing={least.activation_checkpointing}; "
+            f"{tried[least] / MIB:,.0f} MiB with micro_batch_size={least.micro_batch_size}, "
+            f"activation_checkpointing={least.activation_checkpointing} and "
+            f"optimizer_offload={'yes' if least.optimizer_offload else 'no'}; "
             f"{_nearest_that_fits(config, choices, vocab_size, limit.limit_bytes)}"
+        )
+    prediction = predictions[rung]
+    host_limit = allowed_memory(read_memory("cpu"), 0)
+    if prediction.on_host > host_limit.limit_bytes:
+        raise MemoryLimitError(
+            f"the optimizer must fit the host's memory when it does not fit the GPU, but it takes "
+            f"{prediction.on_host / MIB:,.0f} MiB and {host_limit.limit_bytes / MIB:,.0f} MiB are allowed "
+            f"({host_limit.source}); take adam_state=8bit, a smaller model, or a machine with more memory"
         )
     return MemoryPlan(
         micro_batch_size=rung.micro_batch_size,
         n_micro_batches=config.batch_size // rung.micro_batch_size,
         activation_checkpointing=rung.activation_checkpointing,
-        prediction=predictions[rung],
+        optimizer_offload=rung.optimizer_offload,
+        prediction=prediction,
         limit_bytes=limit.limit_bytes,
         limit_source=limit.source,
         tried=tuple(tried.items()),
@@ -99,19 +113,23 @@ def predict_peak(config: TrainingConfig, choices: Choices, vocab_size: int, rung
         "execution": [choices.dtype, choices.attention_kernel, compile_from],
         "shape": [rung.micro_batch_size, n_micro_batches, config.context_length],
         "activation_checkpointing": rung.activation_checkpointing,
+        "device": [choices.device, rung.optimizer_offload],
         "torch": torch.__version__,
     }
     on_rung = dataclasses.replace(choices, **dataclasses.asdict(rung))
-    return cached_prediction(
-        workspace_root() / config.data_dir / PLANS,
-        digest_of(depends_on, SOURCES),
-        lambda: predict(
-            rehearse(config, on_rung, vocab_size),
+
+    def compute() -> Prediction:
+        rehearsal = rehearse(config, on_rung, vocab_size)
+        if choices.device == "cuda":
+            return predict_on_gpu(rehearsal)
+        return predict(
+            rehearsal,
             is_eager=compile_from != 0,
-            has_compiler=compile_from is not None,
+            has_compiler=compile_from is not None or config.adam_state == "8bit",
             is_accumulating=n_micro_batches > 1,
-        ),
-    )
+        )
+
+    return cached_prediction(workspace_root() / config.data_dir / PLANS, digest_of(depends_on, SOURCES), compute)
 
 
 def _micro_batch_sizes(config: TrainingConfig, device: str) -> list[int]:
@@ -125,24 +143,37 @@ def _checkpointing(config: TrainingConfig) -> tuple[str, ...]:
     return CHECKPOINTING if config.activation_checkpointing == "auto" else (config.activation_checkpointing,)
 
 
+def _optimizer_offload(config: TrainingConfig, device: str) -> tuple[bool, ...]:
+    if device == "cpu":
+        if config.optimizer_offload == "yes":
+            raise ConfigError(
+                "optimizer_offload must be no or auto when the model is in the host's memory itself, but got yes with "
+                "device cpu; set optimizer_offload=no"
+            )
+        return (False,)
+    return {"no": (False,), "yes": (True,), "auto": (False, True)}[config.optimizer_offload]
+
+
 def _nearest_that_fits(config: TrainingConfig, choices: Choices, vocab_size: int, limit_bytes: int) -> str:
     """In words: what is left to choose, then shorter rows, then fewer blocks; the first that fits."""
 
     def fits(**fields: Any) -> bool:
-        changed = dataclasses.replace(config, micro_batch_size=0, activation_checkpointing="auto", **fields)
-        return predict_peak(changed, choices, vocab_size, Rung(1, "full")).total <= limit_bytes
+        left: dict[str, Any] = {"micro_batch_size": 0, "activation_checkpointing": "auto", "optimizer_offload": "auto"}
+        changed = dataclasses.replace(config, **left, **fields)
+        least = Rung(1, "full", _optimizer_offload(changed, choices.device)[-1])
+        return predict_peak(changed, choices, vocab_size, least).total <= limit_bytes
 
     if fits():
-        return "micro_batch_size=0 with activation_checkpointing=auto would fit"
+        return f"{LEAST} would fit"
     for context_length in (config.context_length // 2, config.context_length // 4):
         if context_length >= 128 and fits(context_length=context_length):
-            return f"context_length={context_length} would fit (micro_batch_size=0, activation_checkpointing=auto)"
+            return f"context_length={context_length} would fit ({LEAST})"
     low, high = 0, config.n_layers  # high blocks do not fit
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(n_layers=middle) else (low, middle)
     if low:
-        return f"n_layers={low} would fit (micro_batch_size=0, activation_checkpointing=auto)"
+        return f"n_layers={low} would fit ({LEAST})"
     return "no number of blocks would fit: take a smaller d_model or vocabulary, or a machine with more memory"
 
 
@@ -156,7 +187,8 @@ def forecast(config: TrainingConfig, run_dir: Path | None = None) -> Forecast:
     """
     stored = paths.read_json(run_dir / paths.MEMORY_PLAN) if run_dir else {}
     vocab_size = _vocab_size(config, run_dir)
-    choices = resolve(**config.asked_choices())[0]
+    resolved = paths.read_json(run_dir / paths.ENVIRONMENT).get("resolved") if run_dir else None
+    choices = Choices(**resolved) if resolved else resolve(**config.asked_choices())[0]
     memory = MemoryPlan.from_dict(stored) if stored else plan_memory(config, choices, vocab_size)
     with torch.device("meta"):
         model = HydraModel(config.model_spec(vocab_size))
@@ -167,21 +199,24 @@ def forecast(config: TrainingConfig, run_dir: Path | None = None) -> Forecast:
         n_steps=config.max_steps,
         tokens_per_step=config.batch_size * config.context_length,
         flops_per_token=model.flops_per_token(config.context_length),
-        flops_per_s=measure_matrix_rate(memory.micro_batch_size * config.context_length, config.d_model, choices.dtype),
+        flops_per_s=measure_matrix_rate(
+            memory.micro_batch_size * config.context_length, config.d_model, choices.dtype, choices.device
+        ),
         share_of_rate=SHARE_OF_RATE,
-        checkpoint_bytes=4 * n_parameters + memory.prediction.optimizer,
+        # On the host weights, gradients and the optimizer's state are counted together.
+        checkpoint_bytes=4 * n_parameters + max(memory.prediction.optimizer, memory.prediction.on_host),
         n_checkpoints=config.keep_checkpoints,
         n_logged_steps=config.max_steps // config.log_every,
     )
 
 
 def _vocab_size(config: TrainingConfig, run_dir: Path | None) -> int:
-    """Of the run's tokenizer where it is known, else what it will have at most."""
+    """Of the run's tokenizer where it is known, else as the config has it; only a corpus tells its characters."""
     manifest = paths.read_json(run_dir / paths.MANIFEST) if run_dir else {}
     if manifest:
         return int(manifest["tokenizer"]["vocab_size"])
     if config.tokenizer in ("bytes", "characters"):
-        return 257  # of other characters than ASCII there may be more; a table of them is small
+        return 257
     path = workspace_root() / config.tokenizer
     if path.is_file():
         return int(Tokenizer.from_file(str(path)).get_vocab_size())
@@ -210,14 +245,22 @@ def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehea
         trainer.assemble(model, choices)
         model.train()
         with contextlib.ExitStack() as compiled:
+            if config.adam_state == "8bit":
+                compiled.enter_context(_adam_as_compiled())
             for step in range(N_REHEARSED_STEPS):
                 if config.compile_from_step is not None and step == min(config.compile_from_step, 1):
                     compiled.enter_context(_as_if_compiled(model, rehearsal))
                 rehearsal.begin("forward")
                 trainer.forward_backward(batch)
+                if choices.optimizer_offload:
+                    masters = trainer.masters.named.values()
+                    rehearsal.move_to_host([*masters, *(master.grad for master in masters if master.grad is not None)])
                 if step < N_REHEARSED_STEPS - 1:
                     rehearsal.begin("optimizer")
                     trainer.update_weights(0.0)
+    if choices.optimizer_offload:
+        for block in rehearsal.blocks:
+            block.is_on_host |= block.phase == "optimizer"
     return rehearsal
 
 
@@ -245,6 +288,17 @@ def _as_if_compiled(model: HydraModel, rehearsal: Rehearsal) -> Iterator[None]:
     model.is_compiled = True
     loss = importlib.import_module("hydra.kernels.linear_cross_entropy")
     with mock.patch.object(loss, "_compiled_loss_and_gradient", return_value=_fused_loss):
+        yield
+
+
+@contextlib.contextmanager
+def _adam_as_compiled() -> Iterator[None]:
+    """Within it AdamW with 8-bit state makes that state and nothing else, as its compiled step does."""
+    adam = importlib.import_module("torchao.optim.adam")
+    with (
+        torch.compiler.set_stance("force_eager"),
+        mock.patch.object(adam, "single_param_adam", return_value=None),
+    ):
         yield
 
 

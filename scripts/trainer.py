@@ -20,13 +20,20 @@ from torch import nn
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
 from hydra.errors import ConfigError, HydraError, MemoryLimitError, NotFiniteError
 from hydra.model.framework import Execution, HydraModel, build_model
-from hydra.optim import MasterWeights, build_optimizers, build_schedule, load_optimizer_tensors, optimizer_tensors
+from hydra.optim import (
+    MasterWeights,
+    build_optimizers,
+    build_schedule,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import FORMAT, logging_to
-from hydra.runtime.memory import MemoryPlan, read_host_memory
+from hydra.runtime.memory import MemoryPlan, read_memory
 from hydra.runtime.memory.host import read_peak_bytes, reset_peak
 from hydra.runtime.memory.plan import allowed_memory
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
@@ -183,8 +190,7 @@ class Trainer:
             )
         share_of_peak = self._schedule(self.step)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = share_of_peak * group["peak_lr"]
+            set_learning_rate(optimizer, share_of_peak)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
@@ -279,6 +285,10 @@ class Trainer:
         choices = choose_once(self.run_dir, **self.config.asked_choices())
         set_up_torch(choices, self.config.seed, workspace_root() / self.config.data_dir / COMPILE_CACHE)
         self.device = torch.device(choices.device)
+        if self.config.adam_state == "8bit":
+            torch.use_deterministic_algorithms(
+                True
+            )  # for the compiler: that optimizer's step is compiled from the start
 
         self.ledger.update(stage="preparing data")
         self.dataset = self._open_data()
@@ -326,7 +336,7 @@ class Trainer:
         stored = paths.read_json(self.run_dir / paths.MEMORY_PLAN)
         if stored and choices.micro_batch_size:
             self.plan = MemoryPlan.from_dict(stored)
-            limit = allowed_memory(read_host_memory(), self.config.memory_limit_mib)
+            limit = allowed_memory(read_memory(choices.device), self.config.memory_limit_mib)
             if self.plan.prediction.total > limit.limit_bytes:
                 raise MemoryLimitError(
                     f"going on with this run takes {self.plan.prediction.total / 2**20:,.0f} MiB, but this machine "
@@ -345,6 +355,7 @@ class Trainer:
             choices,
             micro_batch_size=self.plan.micro_batch_size,
             activation_checkpointing=self.plan.activation_checkpointing,
+            optimizer_offload=self.plan.optimizer_offload,
         )
 
     def assemble(self, model: HydraModel, choices: Choices) -> None:
@@ -352,8 +363,10 @@ class Trainer:
         self.model = model
         self.micro_batch_size = choices.micro_batch_size
         dtype = getattr(torch, choices.dtype)
-        self.masters = MasterWeights(model, dtype, model.lookup_names())
-        self.optimizers = build_optimizers(self.masters.named, self.config.optimizer_spec(), dtype)
+        self.masters = MasterWeights(model, dtype, model.lookup_names(), on_host=choices.optimizer_offload)
+        # What a GPU multiplies fast a host may multiply very slowly, so that Muon's products are in float32 there.
+        muon_dtype = torch.float32 if choices.optimizer_offload else dtype
+        self.optimizers = build_optimizers(self.masters.named, self.config.optimizer_spec(), muon_dtype)
         self.flops_per_token = model.flops_per_token(self.config.context_length)
         self._schedule = build_schedule(
             self.config.schedule,

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from diagnostics.bench.equal_models import Shape, peer_spec
+from diagnostics.bench.equal_models import Shape, peer_spec, write_batches
 from diagnostics.bench.side_by_side import N_SEGMENTS, time_in_turn
 from diagnostics.bench.workers import Worker
 
@@ -16,11 +16,11 @@ OWN = {"HYDRA, bf16": "decoder", "HYDRA, int8": "int8", "HYDRA, bf16, generate()
 PEERS = {"HF generate, bf16": "bfloat16", "HF generate, fp32": "float32"}
 
 
-def run(threads: int) -> dict[str, Any]:
+def run(data_dir: str, threads: int) -> dict[str, Any]:
     """Measure; the result goes to benchmarks.json as it is."""
     shape = Shape(n_rows=1)
     spec = {
-        **peer_spec(shape, None, threads),
+        **peer_spec(shape, write_batches(Shape(), data_dir), threads),
         "config": {**shape.hydra_config("data"), "tie_embeddings": True},
         "n_prompt": N_PROMPT,
         "n_new": N_NEW,

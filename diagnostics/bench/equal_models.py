@@ -89,7 +89,7 @@ def write_batches(shape: Shape, data_dir: str) -> Path:
     return path
 
 
-def peer_spec(shape: Shape, batches: Path | None, threads: int) -> dict[str, Any]:
+def peer_spec(shape: Shape, batches: Path, threads: int) -> dict[str, Any]:
     """What a contestant is told on its command line."""
     return {
         "threads": threads,

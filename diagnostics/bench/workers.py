@@ -37,7 +37,6 @@ class Worker:
         python = str(PEERS_PYTHON) if is_peer else sys.executable
         environment = {
             **os.environ,
-            "OMP_WAIT_POLICY": "PASSIVE",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }

@@ -72,7 +72,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None, None)
+        # `grad` is one number, mostly 1 / tokens of a step: it multiplies in float32 without making that the dtype.
+        return (*(saved * grad for saved in ctx.saved_tensors), None, None)
 
 
 def sum_loss(logits_CV: Tensor, targets_C: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ def plan_section(forecast: "Forecast") -> Section:
     cut = (
         f"{plan.n_micro_batches} x {plan.micro_batch_size} rows, "
         f"activation checkpointing {plan.activation_checkpointing}"
+        f"{', optimizer on the host' if plan.optimizer_offload else ''}"
     )
     tokens = f"{forecast.n_tokens:,} in {forecast.n_steps:,} steps of {forecast.tokens_per_step:,}"
     time = format_duration(forecast.seconds)
@@ -164,7 +165,11 @@ def _memory_table(plan: MemoryPlan) -> str:
     rows = [(kind, f"{n_bytes / MIB:,.0f} MiB") for kind, n_bytes in plan.prediction.by_kind().items()]
     by_kind = table(("at the predicted peak", "size"), rows)
     tried = [
-        (f"{rung.micro_batch_size} rows, checkpointing {rung.activation_checkpointing}", f"{total / MIB:,.0f} MiB")
+        (
+            f"{rung.micro_batch_size} rows, checkpointing {rung.activation_checkpointing}"
+            f"{', optimizer on the host' if rung.optimizer_offload else ''}",
+            f"{total / MIB:,.0f} MiB",
+        )
         for rung, total in plan.tried
     ]
     return by_kind + (table(("looked at", "predicted peak"), tried) if len(tried) > 1 else "")

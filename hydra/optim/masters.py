@@ -16,8 +16,15 @@ class MasterWeights:
     bfloat16 in between, and no two gradients of a parameter are held.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, keep_float32: frozenset[str]) -> None:
-        """Change the parameters of `model` (float32) to `dtype`, but for the names in `keep_float32`."""
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, keep_float32: frozenset[str], on_host: bool = False
+    ) -> None:
+        """Change the parameters of `model` (float32) to `dtype`, but for the names in `keep_float32`.
+
+        Args:
+            on_host: keep all masters, and with them their gradients and optimizer state, in the host's memory; the
+                model's parameters stay on their device.
+        """
         self.named: dict[str, nn.Parameter] = {}
         """Masters by the model's own parameter names."""
         self._lowered: list[Tensor] = []
@@ -25,19 +32,22 @@ class MasterWeights:
         for name, parameter in model.named_parameters():
             assert parameter.dtype == torch.float32, (name, parameter.dtype)
             self.named[name] = parameter
-            if dtype != torch.float32 and name not in keep_float32:
-                self.named[name] = self._lower(parameter, dtype)
+            is_lowered = dtype != torch.float32 and name not in keep_float32
+            if is_lowered or on_host:
+                self.named[name] = self._lower(parameter, dtype if is_lowered else torch.float32, on_host)
 
-    def _lower(self, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-        master = nn.Parameter(parameter.detach())
-        parameter.data = master.detach().to(dtype)
+    def _lower(self, parameter: nn.Parameter, dtype: torch.dtype, on_host: bool) -> nn.Parameter:
+        device = torch.device("cpu") if on_host else parameter.device
+        # A copy even where the host is where the parameter is, so that the two are never one tensor.
+        master = nn.Parameter(parameter.detach().to(device, copy=on_host))
+        parameter.data = parameter.detach().to(dtype)
 
         def collect(lowered: Tensor) -> None:
             assert lowered.grad is not None
             if master.grad is None:
-                master.grad = lowered.grad.to(torch.float32)
+                master.grad = lowered.grad.to(device, torch.float32)
             else:
-                master.grad += lowered.grad
+                master.grad += lowered.grad.to(device)
             lowered.grad = None
 
         parameter.register_post_accumulate_grad_hook(collect)

@@ -12,15 +12,9 @@ from torch.optim import Optimizer
 from hydra.optim.groups import group_parameters
 from hydra.optim.muon import Muon
 
-# torch's optimizers import torch's compiler when they are made and at every step, only to tell it to keep out. That
-# takes a second, as long as importing torch; nothing here compiles an optimizer, so they are taken as they are written.
-for _method in (Optimizer.add_param_group, Optimizer.zero_grad):
-    _written = inspect.unwrap(_method)
-    _written.__dynamo_disable = _written  # type: ignore[attr-defined]
-
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW without the compiler's import."""
+    """torch's AdamW without the compiler's import; see `_keep_compiler_out`."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
@@ -35,6 +29,8 @@ class OptimizerSpec:
     weight_decay: float
     adam_betas: tuple[float, float]
     adam_eps: float
+    adam_state: str
+    """`float32`, or `8bit`: AdamW's moments as codes of 8 bits, in blocks of 256 with a scale each (torchao)."""
     muon_learning_rate: float
     muon_momentum: float
     muon_weight_decay: float
@@ -43,13 +39,14 @@ class OptimizerSpec:
 def build_optimizers(named: Mapping[str, nn.Parameter], spec: OptimizerSpec, dtype: torch.dtype) -> list[Optimizer]:
     """Optimizers that step each of the named parameters exactly once.
 
-    AdamW: Loshchilov and Hutter, arXiv 1711.05101; Muon: see hydra.optim.muon. Every group keeps its peak rate under
-    `peak_lr`: a schedule multiplies that.
+    AdamW: Loshchilov and Hutter, arXiv 1711.05101; its 8-bit state: Dettmers et al., arXiv 2110.02861; Muon: see
+    hydra.optim.muon. Every group keeps its peak rate under `peak_lr`, of which `set_learning_rate` takes a share.
 
     Args:
         named: float32 parameters by the model's names.
         dtype: of Muon's matrix products.
     """
+    _keep_compiler_out()
     groups = group_parameters(named)
     adamw: list[dict[str, Any]] = [
         {"params": list(groups.tables.values()), "weight_decay": spec.weight_decay},
@@ -70,8 +67,36 @@ def build_optimizers(named: Mapping[str, nn.Parameter], spec: OptimizerSpec, dty
         assert spec.kind == "adamw", spec.kind
         adamw.append({"params": list(groups.hidden.values()), "weight_decay": spec.weight_decay})
     adamw = [group for group in adamw if group["params"]]
-    optimizers.append(AdamW(adamw, lr=spec.learning_rate, betas=spec.adam_betas, eps=spec.adam_eps, fused=True))
+    common: dict[str, Any] = {"lr": spec.learning_rate, "betas": spec.adam_betas, "eps": spec.adam_eps}
+    if spec.adam_state == "8bit":
+        from torchao.optim import AdamW8bit  # imports torch's compiler: it compiles its step
+
+        optimizers.append(AdamW8bit(adamw, **common))
+    else:
+        assert spec.adam_state == "float32", spec.adam_state
+        optimizers.append(AdamW(adamw, **common, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = float(group["lr"])
     return optimizers
+
+
+def set_learning_rate(optimizer: Optimizer, share: float) -> None:
+    """Set the rate of every group to `share` of its peak."""
+    for group in optimizer.param_groups:
+        rate = share * group["peak_lr"]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)  # a compiled step reads it from there; another number would be compiled anew
+        else:
+            group["lr"] = rate
+
+
+def _keep_compiler_out() -> None:
+    """Take torch's methods as they are written.
+
+    torch wraps them so that its compiler, should it ever come by, keeps out of them; for that each first call imports
+    it, which takes as long as importing torch. No region that is compiled here makes an optimizer or drops gradients.
+    """
+    for method in (Optimizer.add_param_group, Optimizer.zero_grad):
+        written = inspect.unwrap(method)
+        written.__dynamo_disable = written

@@ -4,18 +4,23 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hydra.errors import CheckpointError
 
 
 def optimizer_tensors(named: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Every state tensor under `<parameter name>/<slot>`, as `blocks.0.norm.weight/exp_avg`."""
+    """Every state tensor under `<parameter name>/<slot>`, as `blocks.0.norm.weight/exp_avg`.
+
+    What torchao keeps in 8 bits is three tensors, under `<parameter name>/<slot>/codes`, `.../scale`, `.../qmap`.
+    """
     return {
-        f"{name}/{slot}": tensor
+        f"{name}/{slot}{part}": value
         for name, parameter in named.items()
         for optimizer in optimizers
         if parameter in optimizer.state
         for slot, tensor in optimizer.state[parameter].items()
+        for part, value in _split(tensor).items()
     }
 
 
@@ -27,16 +32,37 @@ def load_optimizer_tensors(
     Raises:
         CheckpointError: a parameter lacks a slot that others of its optimizer have, or a tensor is of no parameter.
     """
+    stored: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, slot, part = (*key.split("/", 2), "")[:3]
+        stored.setdefault((name, slot), {})[part] = tensor
     expected = set()
     for optimizer in optimizers:
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         names = {name for name, parameter in named.items() if id(parameter) in own}
-        slots = {key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] in names}
-        expected |= {f"{name}/{slot}" for name in names for slot in slots}
-        for key in expected & set(tensors):
-            name, _, slot = key.rpartition("/")
+        slots = {slot for name, slot in stored if name in names}
+        expected |= {(name, slot) for name in names for slot in slots}
+        for (name, slot), parts in stored.items():
             if name in names:
-                optimizer.state[named[name]][slot] = tensors[key].to(named[name].device)
-    if set(tensors) != expected:
-        wrong = sorted(set(tensors) ^ expected)
+                parts = {part: tensor.to(named[name].device) for part, tensor in parts.items()}
+                optimizer.state[named[name]][slot] = _join(f"{name}/{slot}", parts)
+    if set(stored) != expected:
+        wrong = sorted("/".join(key) for key in set(stored) ^ expected)
         raise CheckpointError(f"an optimizer's state must fit its model, but {len(wrong)} names do not: {wrong[:3]}")
+
+
+def _split(tensor: Tensor) -> dict[str, Tensor]:
+    if not is_traceable_wrapper_subclass(tensor):
+        return {"": tensor}
+    names, _ = tensor.__tensor_flatten__()
+    return {f"/{name}": getattr(tensor, name) for name in names}
+
+
+def _join(key: str, parts: dict[str, Tensor]) -> Tensor:
+    if set(parts) == {""}:
+        return parts[""]
+    if set(parts) != {"codes", "scale", "qmap"}:
+        raise CheckpointError(f"an optimizer's state must be whole, but {key} has {', '.join(sorted(parts))}")
+    from torchao.optim.subclass_8bit import OptimState8bit  # imports torch's compiler
+
+    return OptimState8bit(**parts, signed=bool(parts["qmap"].min() < 0), dtype=parts["qmap"].dtype)

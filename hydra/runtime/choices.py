@@ -32,6 +32,8 @@ class Choices:
     """Rows of one forward and backward pass; 0 until memory has been planned."""
     activation_checkpointing: str = "none"
     """What blocks keep for their backward pass, as hydra.model.framework.Execution names it."""
+    optimizer_offload: bool = False
+    """Whether float32 weights and optimizer state are in the host's memory while the model is on a GPU."""
 
 
 class AskedChoices(TypedDict):
@@ -75,7 +77,7 @@ def choose_once(
         choose_attention_kernel=choose_attention_kernel,
     )
     choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
-    if replace(choices, micro_batch_size=0, activation_checkpointing="none") == now:
+    if replace(choices, micro_batch_size=0, activation_checkpointing="none", optimizer_offload=False) == now:
         logger.info("computing with %s (%s)", choices, reasons)
     else:
         logger.info("computing with %s (as the run's first session chose)", choices)
@@ -114,9 +116,21 @@ def resolve(
     return now, f"dtype: {dtype_reason}; attention_kernel: {kernel_reason}"
 
 
-def settle(run_dir: Path, choices: Choices, *, micro_batch_size: int, activation_checkpointing: str) -> Choices:
+def settle(
+    run_dir: Path,
+    choices: Choices,
+    *,
+    micro_batch_size: int,
+    activation_checkpointing: str,
+    optimizer_offload: bool = False,
+) -> Choices:
     """`choices` with what planning the memory chose, from now on those of the run."""
-    settled = replace(choices, micro_batch_size=micro_batch_size, activation_checkpointing=activation_checkpointing)
+    settled = replace(
+        choices,
+        micro_batch_size=micro_batch_size,
+        activation_checkpointing=activation_checkpointing,
+        optimizer_offload=optimizer_offload,
+    )
     record_choices(run_dir, asdict(settled))
     return settled
 

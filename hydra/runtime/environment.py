@@ -15,7 +15,7 @@ from hydra.runtime import paths
 logger = logging.getLogger(__name__)
 # What may change the last bits of a result, beside torch.
 DECIDE_BITS = ("cpu", "cpu_capability", "gpu", "git_commit", "git_dirty")
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "pydantic", "papermill", "nbconvert")
+PACKAGES = ("torch", "torchao", "numpy", "tokenizers", "safetensors", "pydantic", "papermill", "nbconvert")
 
 
 def describe_session() -> dict[str, object]:

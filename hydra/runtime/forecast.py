@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from hydra.runtime.memory import MemoryPlan
 
+MEASURED_S = 0.2
 BYTES_PER_LOGGED_STEP = 900  # a line of metrics.jsonl and the same figures for TensorBoard
 
 
@@ -40,17 +41,19 @@ class Forecast:
         return (self.n_checkpoints + 1) * self.checkpoint_bytes + self.n_logged_steps * BYTES_PER_LOGGED_STEP
 
 
-def measure_matrix_rate(n_rows: int, width: int, dtype: str, seconds: float = 0.2) -> float:
-    """Floating-point operations per second of (n_rows, width) times (width, 4 width) on this process's threads."""
+def measure_matrix_rate(n_rows: int, width: int, dtype: str, device: str) -> float:
+    """Floating-point operations per second of (n_rows, width) times (width, 4 width), by a GPU or all threads."""
     import time
 
     import torch
 
-    x = torch.ones(n_rows, width, dtype=getattr(torch, dtype))
-    weight = torch.ones(width, 4 * width, dtype=x.dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
+    x = torch.ones(n_rows, width, dtype=getattr(torch, dtype), device=device)
+    weight = torch.ones(width, 4 * width, dtype=x.dtype, device=device)
+    best, end = float("inf"), time.perf_counter() + MEASURED_S
     while time.perf_counter() < end:
         began = time.perf_counter()
         x @ weight
+        if device == "cuda":
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
     return 2 * n_rows * width * 4 * width / best

@@ -139,3 +139,13 @@ def test_linear_cross_entropy_of_nothing_is_zero() -> None:
     assert loss.item() == 0.0
     assert x_XD.grad is not None
     assert x_XD.grad.abs().max() == 0
+
+
+def test_the_scale_of_a_loss_is_not_rounded() -> None:
+    """1 / tokens is mostly no number that bfloat16 has; rounding it would scale every gradient of a step alike."""
+    x = random_activations(5, 8, dtype=torch.bfloat16).requires_grad_()
+    weight = random_activations(11, 8, dtype=torch.bfloat16, seed=1)
+    targets = torch.arange(5)
+    (whole,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets), x)
+    (third,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets) / 3, x)
+    assert torch.equal(third, (whole.float() * torch.tensor(1 / 3)).bfloat16())

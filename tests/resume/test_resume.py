@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hydra.errors import RunError
 from hydra.runtime import Run
@@ -89,6 +91,24 @@ def test_killed_at_random_moments(
     assert (run_dir / "samples.jsonl").read_text() == (uninterrupted / "samples.jsonl").read_text()
     status = Run.open(run_dir).status()
     assert (status.status, status.step, status.cause) == ("done", 400, None)
+
+
+def test_8_bit_state_goes_on_from_a_checkpoint(
+    make_run: MakeRun, start_trainer: StartTrainer, weights_hash: Callable[[Path], str]
+) -> None:
+    """Wide enough that the tables' state is in 8 bits; the optimizer is compiled from the first step, blocks later."""
+    wide = {"d_model": 256, "n_layers": 1, "adam_state": "8bit", "compile_from_step": 6, "checkpoint_every": 4}
+    whole = make_run("whole", **wide, max_steps=8, eval_every=8)
+    finish(start_trainer, whole)
+    cut = Path(shutil.copytree(whole, whole.with_name("cut")))
+    optimizer = load_file(cut / "checkpoints" / "step-00000004" / "optimizer.safetensors")
+    assert optimizer["embedding.weight/exp_avg/codes"].dtype == torch.uint8
+    shutil.rmtree(cut / "checkpoints" / "step-00000008")
+    state = json.loads((cut / "state.json").read_text())
+    (cut / "state.json").write_text(json.dumps({**state, "status": "interrupted"}))
+    finish(start_trainer, cut)
+    assert "going on from" in (cut / "trainer.log").read_text()
+    assert weights_hash(cut) == weights_hash(whole)
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:

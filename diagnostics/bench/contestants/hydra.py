@@ -15,6 +15,10 @@ class GatedTrainer(Trainer):
 
     gate: Gate
 
+    def _prepare(self) -> None:
+        super()._prepare()
+        self.gate.keep_peak()  # the trainer counts from here on, its peers from their start
+
     def train_step(self) -> StepResult:
         """See Trainer.train_step."""
         self.gate.wait()

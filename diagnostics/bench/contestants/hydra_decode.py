@@ -2,16 +2,19 @@
 
 import copy
 import json
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from diagnostics.bench.gate import Gate, decode_at_gate
 from hydra.model.framework import Decoder, HydraModel, build_model, generate, quantise_int8
 from scripts.config import TrainingConfig
 
+N_TRAINED_STEPS = 25
 Continue = Callable[[list[int], int], list[int]]
 
 
@@ -21,9 +24,20 @@ def by_decoder(model: HydraModel, spec: dict[str, Any]) -> Continue:
 
 
 def by_int8_decoder(model: HydraModel, spec: dict[str, Any]) -> Continue:
-    """The same with 8-bit weights, kept only if the loss of random text stays."""
-    ids_BT = torch.randint(spec["vocab_size"], (8, spec["n_tokens"] + 1), generator=torch.Generator().manual_seed(0))
-    int8 = quantise_int8(model, [(ids_BT[:, :-1], ids_BT[:, 1:])])
+    """The same with 8-bit weights, after some training, and only if the loss of text that is not trained on stays."""
+    rows_SBT = torch.from_numpy(np.load(spec["batches"])[: N_TRAINED_STEPS + 1].astype(np.int64))
+    inputs_SBT, targets_SBT = rows_SBT[:, :, :-1], rows_SBT[:, :, 1:]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec["learning_rate"], fused=True)
+    losses = []
+    for inputs_BT, targets_BT in zip(inputs_SBT[:-1], targets_SBT[:-1], strict=True):
+        loss = model(inputs_BT, targets_BT).losses["cross_entropy"] / targets_BT.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1, "weights that have learnt nothing have nothing to lose in 8 bits"
+    int8 = quantise_int8(model, [(inputs_SBT[-1], targets_SBT[-1])])
+    logging.warning("loss %.4f, with 8-bit weights %.4f nats", int8.loss_nats, int8.int8_loss_nats)
     max_tokens = spec["n_prompt"] + spec["n_new"]
     return _continue(Decoder(model, max_tokens=max_tokens, dtype=torch.bfloat16, int8=int8))
 

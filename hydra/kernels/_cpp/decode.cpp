@@ -215,6 +215,7 @@ bf16 from_float<bf16>(float value) {  // to nearest, ties to even; NaN stays NaN
 // 16 numbers; the compiler makes of them what the processor has.
 typedef float float16 __attribute__((vector_size(64)));
 typedef uint32_t uint32x16 __attribute__((vector_size(64)));
+typedef int32_t int32x16 __attribute__((vector_size(64)));
 typedef uint16_t uint16x16 __attribute__((vector_size(32)));
 
 float16 load(const float* from) {
@@ -293,6 +294,7 @@ inline void dot_rows(const bf16* w, const bf16* x, int64_t n_in, float out[R][C]
 #endif
 
 // Rows of x as 16-bit integers with one scale each: value = scale * (256 high + low). Finer than bfloat16 in the norm.
+// The scale of a row that holds a NaN or an infinity is NaN, and with it everything that comes of the row.
 struct FixedPoint {
     std::vector<int16_t> values;
     std::vector<int8_t> high, low;
@@ -305,8 +307,28 @@ struct FixedPoint {
         scales.resize(n_rows), sums.resize(n_rows);
         for (int64_t b = 0; b < n_rows; ++b) {
             const X* x_b = x + b * n_in;
+            // 16 at a time by hand: a maximum is no sum, whose order the compiler may change.
+            float16 tops = {};
+            int32x16 is_bad = {};
+            int64_t first = 0;
+            for (; first + 16 <= n_in; first += 16) {
+                const float16 x_i = load(x_b + first), size = x_i < 0 ? -x_i : x_i;
+                tops = tops > size ? tops : size;
+                is_bad |= std::bit_cast<uint32x16>(x_i) << 1 >= 0xff000000u;
+            }
             float top = 0;
-            for (int64_t i = 0; i < n_in; ++i) top = std::max(top, std::fabs(to_float(x_b[i])));
+            bool has_bad = false;
+            for (int lane = 0; lane < 16; ++lane) top = std::max(top, tops[lane]), has_bad |= is_bad[lane] != 0;
+            for (; first < n_in; ++first) {
+                const float size = std::fabs(to_float(x_b[first]));
+                top = std::max(top, size), has_bad |= !std::isfinite(size);
+            }
+            if (has_bad) {
+                std::fill_n(values.data() + b * n_in, n_in, 0);
+                std::fill_n(high.data() + b * n_in, n_in, 0), std::fill_n(low.data() + b * n_in, n_in, 0);
+                scales[b] = std::numeric_limits<float>::quiet_NaN(), sums[b] = 0;
+                continue;
+            }
             const float scale = top / 32512, inverse = top > 0 ? 32512 / top : 0;
             int64_t total = 0;
             for (int64_t i = 0; i < n_in; ++i) {

@@ -63,7 +63,7 @@ class Decoder:
     """Continues prompts in up to n_streams streams at once, each as it would be continued alone.
 
     Args:
-        model: stays as it is; the decoder copies its matrices and does not see later changes.
+        model: stays as it is, and must: the decoder shares what it has no faster form of, and keeps copies of the rest.
         max_tokens: prompt and new tokens of the longest stream.
         n_streams: prompts of one call of generate.
         dtype: of weights and activations; default the model's.

@@ -1,6 +1,6 @@
 """How much memory this process may take: what the machine has left, and what its control groups allow (v1 and v2).
 
-All functions read files below `root`, so that a test can build the tree it needs.
+Functions with a `root` read files below `root`, so that a test can build the tree it needs.
 """
 
 from collections.abc import Iterator
@@ -28,6 +28,16 @@ def read_host_memory(root: Path = SYSTEM) -> HostMemory:
         if room is not None:
             found.append(HostMemory(own + max(0, room), f"/{directory.relative_to(root)}"))
     return min(found, key=lambda memory: memory.limit_bytes)
+
+
+def read_memory(device: str) -> HostMemory:
+    """What this process may take where its model is: `cpu`, or on `cuda` what is free and what it holds already."""
+    if device == "cpu":
+        return read_host_memory()
+    import torch
+
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return HostMemory(free_bytes + torch.cuda.memory_reserved(), torch.cuda.get_device_name())
 
 
 def read_own_bytes(root: Path = SYSTEM) -> int:

@@ -40,15 +40,30 @@ class Prediction:
     """Freed, but not given back to the system."""
     process: int
     """Interpreter, libraries, compiler."""
+    on_host: int = 0
+    """Of a run on a GPU whose optimizer is on the host: what that takes there, which is no part of the total."""
 
     @property
     def total(self) -> int:
-        """Resident memory of the process at its peak."""
+        """Memory of the process at its peak, where its model is."""
         return sum(self.by_kind().values())
 
     def by_kind(self) -> dict[str, int]:
-        """Every part by name."""
-        return dataclasses.asdict(self)
+        """Every part of the total by name."""
+        parts = dataclasses.asdict(self)
+        del parts["on_host"]
+        return parts
+
+
+def predict_on_gpu(rehearsal: "Rehearsal") -> Prediction:
+    """The peak on a device of its own: what torch's allocator there hands out, as torch.cuda.max_memory_allocated
+    counts it. Not compared with a real device yet.
+    """
+    from hydra.runtime.memory.tracker import peak_by_kind
+
+    kinds = peak_by_kind([block for block in rehearsal.blocks if not block.is_on_host])
+    on_host = sum(peak_by_kind([block for block in rehearsal.blocks if block.is_on_host]).values())
+    return Prediction(**kinds, allocator=0, process=0, on_host=on_host)
 
 
 def predict(rehearsal: "Rehearsal", *, is_eager: bool, has_compiler: bool, is_accumulating: bool) -> Prediction:
@@ -80,6 +95,7 @@ class Rung:
 
     micro_batch_size: int
     activation_checkpointing: str
+    optimizer_offload: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +108,7 @@ class MemoryPlan:
     prediction: Prediction
     limit_bytes: int
     limit_source: str
+    optimizer_offload: bool = False
     tried: tuple[tuple[Rung, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,12 +130,20 @@ class MemoryPlan:
             f"{self.prediction.total / MIB:,.0f} MiB predicted, {self.limit_bytes / MIB:,.0f} MiB allowed "
             f"({self.limit_source}): {cut} of {self.micro_batch_size} rows, "
             f"activation checkpointing {self.activation_checkpointing}"
+            f"{', optimizer on the host' if self.optimizer_offload else ''}"
         )
 
 
-def build_ladder(micro_batch_sizes: Sequence[int], checkpointing: Sequence[str]) -> list[list[Rung]]:
-    """Rungs, cheapest first: every smaller micro-batch before anything is computed twice. Each row falls in memory."""
-    return [[Rung(size, kept) for size in sorted(micro_batch_sizes, reverse=True)] for kept in checkpointing]
+def build_ladder(
+    micro_batch_sizes: Sequence[int], checkpointing: Sequence[str], optimizer_offload: Sequence[bool] = (False,)
+) -> list[list[Rung]]:
+    """Rungs, cheapest first: every smaller micro-batch before anything is computed twice, and that before the
+    optimizer goes to the host. Each row falls in memory.
+    """
+    sizes = sorted(micro_batch_sizes, reverse=True)
+    rows = [(kept, optimizer_offload[0]) for kept in checkpointing]
+    rows += [(checkpointing[-1], offload) for offload in optimizer_offload[1:]]
+    return [[Rung(size, kept, offload) for size in sizes] for kept, offload in rows]
 
 
 def find_rung(
@@ -164,7 +189,7 @@ def cached_prediction(directory: Path, key: str, compute: Callable[[], Predictio
         return Prediction(**stored)
     prediction = compute()
     directory.mkdir(parents=True, exist_ok=True)
-    paths.write_json(path, prediction.by_kind())
+    paths.write_json(path, dataclasses.asdict(prediction))
     return prediction
 
 

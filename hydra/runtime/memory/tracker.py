@@ -7,7 +7,7 @@ costs a second and 70 MB, and it cannot tell a float32 master from its bfloat16 
 import contextlib
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ PHASES = ("parameters", "forward", "backward", "optimizer")
 class Block:
     """One storage: its size, where and when it came to be, when it went (None: it did not).
 
-    `phase` is one of PHASES, `stretch` counts the uninterrupted stretches of phases.
+    `phase` is one of PHASES, `stretch` counts the uninterrupted stretches of phases. `is_on_host`: in the host's memory
+    while the model is on a device.
     """
 
     n_bytes: int
@@ -32,6 +33,7 @@ class Block:
     stretch: int
     born_at: int
     died_at: int | None = None
+    is_on_host: bool = False
 
 
 class Rehearsal(TorchDispatchMode):
@@ -44,7 +46,7 @@ class Rehearsal(TorchDispatchMode):
         self._phase = self._last_phase = "parameters"
         self._stretch = 0
         self._is_paused = False
-        self._storages: dict[int, weakref.ref[Any]] = {}
+        self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -66,6 +68,17 @@ class Rehearsal(TorchDispatchMode):
         finally:
             self._is_paused = False
 
+    def move_to_host(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count what these tensors hold as the host's."""
+        for tensor in tensors:
+            index = self._index_of(tensor.untyped_storage())
+            assert index is not None, "a tensor that was not made in this rehearsal"
+            self.blocks[index].is_on_host = True
+
+    def _index_of(self, storage: torch.UntypedStorage) -> int | None:
+        reference, index = self._storages.get(storage._cdata, (None, -1))
+        return index if reference is not None and reference() is not None else None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and note the storages that its results bring."""
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -78,8 +91,7 @@ class Rehearsal(TorchDispatchMode):
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        known = self._storages.get(key)
-        if known is not None and known() is not None:
+        if self._index_of(storage) is not None:
             return
         phase = self._phase
         if phase == "forward" and torch._C._current_autograd_node() is not None:
@@ -88,7 +100,7 @@ class Rehearsal(TorchDispatchMode):
             self._last_phase, self._stretch = phase, self._stretch + 1
         self.blocks.append(Block(storage.nbytes(), phase, self._stretch, self._tick()))
         index = len(self.blocks) - 1
-        self._storages[key] = weakref.ref(storage, lambda _: self._note_death(index))
+        self._storages[key] = weakref.ref(storage, lambda _: self._note_death(index)), index
 
     def _note_death(self, index: int) -> None:
         self.blocks[index].died_at = self._tick()

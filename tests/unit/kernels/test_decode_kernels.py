@@ -82,6 +82,13 @@ def test_a_nan_stays_one() -> None:
     x_BI[0, 3] = torch.nan
     assert native_linear(x_BI, torch.ones(2, 40)).isnan().all()
     assert native_linear(x_BI.bfloat16(), torch.ones(2, 40).bfloat16()).isnan().all()
+    weight = round_to_int8(torch.ones(2, 40))
+    for place, bad in ((3, torch.nan), (39, torch.nan), (3, torch.inf)):
+        x_2I = torch.ones(2, 40)
+        x_2I[0, place] = bad
+        out_2O = native_linear(x_2I, weight.weight_OI, weight.scales_O)
+        assert out_2O[0].isnan().all()
+        assert out_2O[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

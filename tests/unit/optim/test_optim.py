@@ -1,6 +1,9 @@
 """Schedules at their corners, each parameter in one group and stepped once, masters that lose nothing."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 
 from hydra.errors import CheckpointError
 from hydra.optim import (
+    AdamW,
     MasterWeights,
     OptimizerSpec,
     build_optimizers,
@@ -15,6 +19,7 @@ from hydra.optim import (
     group_parameters,
     load_optimizer_tensors,
     optimizer_tensors,
+    set_learning_rate,
     warmup_stable_decay,
 )
 from hydra.optim.muon import Muon, orthogonalise
@@ -59,9 +64,10 @@ def tiny_model() -> nn.Module:
     return model
 
 
-def spec(kind: str) -> OptimizerSpec:
+def spec(kind: str, adam_state: str = "float32") -> OptimizerSpec:
     return OptimizerSpec(
         kind=kind,
+        adam_state=adam_state,
         learning_rate=1e-2,
         weight_decay=0.1,
         adam_betas=(0.9, 0.95),
@@ -100,13 +106,34 @@ def test_optimizers_step_each_parameter_once(kind: str) -> None:
     ]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     by_class = {type(optimizer): optimizer for optimizer in optimizers}
-    assert set(by_class) == ({torch.optim.AdamW} if kind == "adamw" else {torch.optim.AdamW, Muon})
-    for group in by_class[torch.optim.AdamW].param_groups:
+    assert set(by_class) == ({AdamW} if kind == "adamw" else {AdamW, Muon})
+    for group in by_class[AdamW].param_groups:
         assert group["peak_lr"] == 1e-2
         assert {parameter.ndim >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.1}
     if kind == "muon":
         (hidden,) = by_class[Muon].param_groups
         assert (hidden["peak_lr"], hidden["weight_decay"], hidden["momentum"]) == (2e-2, 0.01, 0.95)
+
+
+def test_a_step_does_not_import_the_compiler() -> None:
+    """It takes a second, as long as importing torch, and a run that begins without it begins that much sooner."""
+    program = """
+import sys, torch
+from hydra.model.framework import build_model
+from hydra.optim import MasterWeights, build_optimizers
+from hydra.testing.specs import tiny_model_spec
+from tests.unit.optim.test_optim import spec
+model = build_model(tiny_model_spec())
+masters = MasterWeights(model, torch.bfloat16, model.lookup_names())
+optimizers = build_optimizers(masters.named, spec("muon"), torch.bfloat16)
+ids_BT = torch.zeros(2, 8, dtype=torch.int64)
+model(ids_BT, ids_BT).losses["cross_entropy"].backward()
+for optimizer in optimizers:
+    optimizer.step()
+    optimizer.zero_grad()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[3])
 
 
 def test_muon_moves_every_direction_alike() -> None:
@@ -179,6 +206,79 @@ def test_optimizer_state_goes_round_and_must_fit() -> None:
     for wrong in (incomplete, {**tensors, "other.weight/exp_avg": torch.ones(1)}):
         with pytest.raises(CheckpointError, match="names do not"):
             load_optimizer_tensors(*build(), wrong)
+
+
+def test_masters_on_the_host_give_the_same_weights() -> None:
+    """Here the host is where the model is; what moves between the two is copied, and nothing else may change."""
+
+    def train(on_host: bool, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = tiny_model()
+        masters = MasterWeights(model, dtype, frozenset({"embedding.weight"}), on_host=on_host)
+        assert all(p.device.type == "cpu" and p.dtype == torch.float32 for p in masters.named.values())
+        assert (masters.named["embedding.weight"] is model.embedding.weight) is not on_host
+        optimizers = build_optimizers(masters.named, spec("muon"), torch.float32)
+        for seed in range(3):
+            backward(model, 2 * seed)
+            backward(model, 2 * seed + 1)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            masters.publish()
+        assert all(torch.equal(p, masters.named[n].to(p.dtype)) for n, p in model.named_parameters())
+        return masters.state_dict()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        here, there = train(False, dtype), train(True, dtype)
+        assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def eight_bit_model() -> nn.Module:
+    """A table whose state is kept in 8 bits (4096 numbers or more, whole blocks of 256), and one that is too small."""
+    model = nn.Module()
+    model.embedding = nn.Embedding(64, 128)
+    model.head = nn.Linear(12, 8)
+    return model
+
+
+def test_adamw_with_8_bit_state_follows_adamw_and_goes_round() -> None:
+    def build(adam_state: str) -> tuple[dict[str, nn.Parameter], list[torch.optim.Optimizer]]:
+        torch.manual_seed(0)
+        named = dict(eight_bit_model().named_parameters())
+        return named, build_optimizers(named, spec("adamw", adam_state), torch.float32)
+
+    def step(named: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer], seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in named.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, 0.5 + 0.1 * seed)
+            optimizer.step()
+
+    exact, ours = build("float32"), build("8bit")
+    before = exact[0]["embedding.weight"].detach().clone()
+    for seed in range(4):
+        step(*exact, seed)
+        step(*ours, seed)
+    moved = (exact[0]["embedding.weight"] - before).norm()
+    assert (exact[0]["embedding.weight"] - ours[0]["embedding.weight"]).norm() < 0.05 * moved
+    assert torch.allclose(exact[0]["head.weight"], ours[0]["head.weight"], rtol=0, atol=1e-6)
+
+    tensors = optimizer_tensors(*ours)
+    assert tensors["embedding.weight/exp_avg/codes"].dtype == torch.uint8
+    assert tensors["head.weight/exp_avg"].dtype == torch.float32
+    n_bytes = sum(t.nbytes for key, t in tensors.items() if key.startswith("embedding.weight/exp_avg"))
+    assert n_bytes < 2.3 * 64 * 128
+    again = build("8bit")
+    with torch.no_grad():
+        for name, parameter in again[0].items():
+            parameter.copy_(ours[0][name])
+    load_optimizer_tensors(*again, {key: tensor.clone() for key, tensor in tensors.items()})
+    for named_and_optimizers in (ours, again):
+        step(*named_and_optimizers, 9)
+    assert all(torch.equal(parameter, again[0][name]) for name, parameter in ours[0].items())
+    with pytest.raises(CheckpointError, match="must be whole"):
+        load_optimizer_tensors(*again, {k: t for k, t in tensors.items() if k != "embedding.weight/exp_avg/scale"})
 
 
 def test_masters_keep_what_bfloat16_would_lose() -> None:

@@ -17,7 +17,7 @@ def test_the_first_session_decides_and_every_session_is_recorded(tmp_path: Path)
     assert again == first
     environment = paths.read_json(tmp_path / paths.ENVIRONMENT)
     expected = {"device": "cpu", "threads": 1, "dtype": "float32", "attention_kernel": "blocked"}
-    not_planned_yet = {"micro_batch_size": 0, "activation_checkpointing": "none"}
+    not_planned_yet = {"micro_batch_size": 0, "activation_checkpointing": "none", "optimizer_offload": False}
     assert environment["resolved"] == {**expected, **not_planned_yet}
     settle(tmp_path, first, micro_batch_size=2, activation_checkpointing="full")
     planned = choose_once(tmp_path, device="cpu", threads=2, dtype="float32", attention_kernel="blocked")

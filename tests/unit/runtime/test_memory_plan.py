@@ -149,6 +149,12 @@ def test_ladder_is_climbed_cheapest_first() -> None:
     assert chosen(60) == Rung(1, "full")
     rung, tried = find_rung(ladder, total, 59)
     assert rung is None and min(tried.values()) == 60
+    assert build_ladder([1, 2], ["none", "full"], [False, True]) == [
+        [Rung(2, "none"), Rung(1, "none")],
+        [Rung(2, "full"), Rung(1, "full")],
+        [Rung(2, "full", True), Rung(1, "full", True)],
+    ]
+    assert build_ladder([1], ["full"], [True]) == [[Rung(1, "full", True)]]
 
 
 def test_plan_survives_json() -> None:

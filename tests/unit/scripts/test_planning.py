@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hydra.attention.core import choose_kernel
-from hydra.errors import MemoryLimitError
+from hydra.errors import ConfigError, MemoryLimitError
 from hydra.model.framework import HydraModel
 from hydra.runtime import Run
 from hydra.runtime.choices import Choices
@@ -108,10 +108,42 @@ def test_what_does_not_fit_is_cut_smaller_then_computed_again_then_refused(data_
     assert plan(full).activation_checkpointing == "full"
     with pytest.raises(MemoryLimitError, match=r"takes? at most .* MiB \(test\), but needs .* would fit"):
         plan(full - 1)
-    with pytest.raises(MemoryLimitError, match="micro_batch_size=0 with activation_checkpointing=auto would fit"):
+    with pytest.raises(MemoryLimitError, match=r"micro_batch_size=0, activation_checkpointing=auto, .* would fit"):
         plan(full + 1, micro_batch_size=8, activation_checkpointing="none")
     with pytest.raises(MemoryLimitError, match=r"(n_layers|context_length)=\d+ would fit"):
         plan(total(config_of(data_dir, n_layers=1), 1, "full") + 2**16)
+
+
+def test_on_a_gpu_the_optimizer_leaves_when_nothing_else_fits(data_dir: str) -> None:
+    """No GPU is needed to plan for one; what is compared is what moves to the host."""
+    gpu = dataclasses.replace(EAGER, device="cuda")
+    config = config_of(data_dir, n_layers=4, micro_batch_size=0)
+
+    def predicted(offload: bool) -> Any:
+        return predict_peak(config, gpu, config.vocab_size, Rung(1, "full", offload))
+
+    on_gpu, moved = predicted(False), predicted(True)
+    with torch.device("meta"):
+        model = HydraModel(config.model_spec(config.vocab_size))
+    lookups = sum(p.numel() for name, p in model.named_parameters() if name in model.lookup_names())
+    others = model.n_parameters() - lookups
+    assert on_gpu.parameters == 4 * lookups + (4 + 2) * others
+    assert moved.parameters == 4 * lookups + 2 * others
+    assert on_gpu.process == on_gpu.allocator == 0 < on_gpu.optimizer
+    assert moved.optimizer == 0 < on_gpu.optimizer <= moved.on_host - 4 * (others + lookups)
+    assert moved.total <= on_gpu.total - on_gpu.optimizer - 4 * others
+
+    def plan(limit: int, **fields: Any) -> Any:
+        asked = dataclasses.replace(config, **fields)
+        return plan_memory(asked, gpu, config.vocab_size, HostMemory(int(limit / 0.9) + 1, "test"))
+
+    assert plan(on_gpu.total).optimizer_offload is False
+    assert plan(on_gpu.total - 1).optimizer_offload is True
+    assert plan(on_gpu.total, optimizer_offload="yes").activation_checkpointing == "none"
+    with pytest.raises(MemoryLimitError, match="optimizer_offload=no"):
+        plan(on_gpu.total - 1, optimizer_offload="no")
+    with pytest.raises(ConfigError, match="optimizer_offload must be no or auto"):
+        plan_memory(dataclasses.replace(config, optimizer_offload="yes"), EAGER, config.vocab_size)
 
 
 def test_the_run_keeps_its_plan(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +167,7 @@ def test_the_run_keeps_its_plan(make_run: Callable[..., Path], monkeypatch: pyte
     again.train()
     assert again.plan == plan
     (run_dir / "state.json").write_text(json.dumps({**state, "status": "interrupted"}))
-    monkeypatch.setattr("scripts.trainer.read_host_memory", lambda: HostMemory(2**20, "test"))
+    monkeypatch.setattr("scripts.trainer.read_memory", lambda device: HostMemory(2**20, "test"))
     with pytest.raises(MemoryLimitError, match="go on where there is more"):
         Trainer(config, run_dir).train()
 
