@@ -25,18 +25,21 @@ class Watch:
     """What others use of the processor from now on."""
 
     began: float
-    before: dict[str, float]
+    before: dict[tuple[str, str], float]
 
     @classmethod
     def start(cls) -> "Watch":
         """Begin to watch."""
-        return cls(time.monotonic(), dict(_processor_seconds()))
+        return cls(time.monotonic(), {process: used for process, _, used in _processor_seconds()})
 
     def busy(self) -> dict[str, float]:
         """Who used more than MAX_FOREIGN_SHARE of a core since then, with the share."""
         passed = time.monotonic() - self.began
-        shares = {name: (used - self.before.get(name, 0.0)) / passed for name, used in _processor_seconds()}
-        return {name: share for name, share in shares.items() if share > MAX_FOREIGN_SHARE}
+        shares = [
+            (f"{name} [{process[0]}]", (used - self.before.get(process, 0.0)) / passed)
+            for process, name, used in _processor_seconds()
+        ]
+        return {name: share for name, share in shares if share > MAX_FOREIGN_SHARE}
 
 
 def wait_until_quiet() -> None:
@@ -63,8 +66,11 @@ def told(busy: dict[str, float]) -> str:
     return ", ".join(f"{name} ({share:.0%} of a core)" for name, share in busy.items())
 
 
-def _processor_seconds() -> Iterator[tuple[str, float]]:
-    """Processor time of every process that is not ours, by number and name."""
+def _processor_seconds() -> Iterator[tuple[tuple[str, str], str, float]]:
+    """Number and start, name, and processor time of every process that is not ours.
+
+    A name tells no process from another: a kernel thread's changes with what it does.
+    """
     ticks, own = os.sysconf("SC_CLK_TCK"), str(os.getpid())
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -73,7 +79,7 @@ def _processor_seconds() -> Iterator[tuple[str, float]]:
             continue  # it has ended
         fields = rest.split()
         if own not in (entry.name, fields[1]):
-            yield f"{name} [{entry.name}]", (int(fields[11]) + int(fields[12])) / ticks
+            yield (entry.name, fields[19]), name, (int(fields[11]) + int(fields[12])) / ticks
 
 
 def describe() -> dict[str, object]:
