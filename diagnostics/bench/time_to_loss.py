@@ -6,8 +6,8 @@ from the 90 %, counts for HYDRA. The first of HYDRA's runs finds nothing that an
 tokens, plans its memory and compiles as well; the others find that done. The recipe's program compiles nothing, and
 splits its text by characters in no time.
 
-The races' configs have rates, momentum, warm-up and feed-forward layer that were the best of six tried on the King James
-Bible by characters; the number of steps is what the text itself takes.
+The races' configs have rates, momentum, warm-up and feed-forward layer that were the best of six tried on the King
+James Bible by characters; the number of steps is what the text itself takes.
 """
 
 import hashlib
