@@ -42,6 +42,9 @@ class Workplace:
         self, *arguments: str, output: str = "runs/job/job.ipynb", stderr: int = subprocess.PIPE
     ) -> "subprocess.Popen[str]":
         command = [sys.executable, str(HERE / "fake_engine.py"), "job.ipynb", output, "--engine", "fake", *arguments]
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            # So a shell starts what it runs in the background, these tests among it, and children inherit it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             command, cwd=self.root, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
         )
