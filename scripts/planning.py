@@ -84,13 +84,8 @@ def plan_memory(
             f"{_nearest_that_fits(config, choices, vocab_size, limit.limit_bytes)}"
         )
     prediction = predictions[rung]
-    host_limit = allowed_memory(read_memory("cpu"), 0)
-    if prediction.on_host > host_limit.limit_bytes:
-        raise MemoryLimitError(
-            f"the optimizer must fit the host's memory when it does not fit the GPU, but it takes "
-            f"{prediction.on_host / MIB:,.0f} MiB and {host_limit.limit_bytes / MIB:,.0f} MiB are allowed "
-            f"({host_limit.source}); take adam_state=8bit, a smaller model, or a machine with more memory"
-        )
+    if rung.optimizer_offload:
+        _check_host(prediction)
     return MemoryPlan(
         micro_batch_size=rung.micro_batch_size,
         n_micro_batches=config.batch_size // rung.micro_batch_size,
@@ -101,6 +96,17 @@ def plan_memory(
         limit_source=limit.source,
         tried=tuple(tried.items()),
     )
+
+
+def _check_host(prediction: Prediction) -> None:
+    """Return if what leaves the GPU fits this machine's own memory; MemoryLimitError if not."""
+    limit = allowed_memory(read_memory("cpu"), 0)
+    if prediction.on_host > limit.limit_bytes:
+        raise MemoryLimitError(
+            f"the optimizer must fit the host's memory when it does not fit the GPU, but it takes "
+            f"{prediction.on_host / MIB:,.0f} MiB and {limit.limit_bytes / MIB:,.0f} MiB are allowed "
+            f"({limit.source}); take adam_state=8bit, a smaller model, or a machine with more memory"
+        )
 
 
 def predict_peak(config: TrainingConfig, choices: Choices, vocab_size: int, rung: Rung) -> Prediction:
