@@ -1,26 +1,24 @@
 """Softmax attention of given queries, keys and values by a named kernel: the one place that knows them.
 
-B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head width; X = B K, Q queries of a block,
-P = G Q.
+B batch, T queries, S keys, N query heads, K key/value heads, H head width.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydra.attention.masks import causal_mask
+from hydra.attention.masks import causal_mask, to_additive
 from hydra.errors import ConfigError
+from hydra.kernels.blocked_attention import blocked_attention
 from hydra.kernels.decode import native_single_query_attention
 
 KERNELS = ("scaled_dot_product", "blocked")
-"""`scaled_dot_product`: torch's own choice of implementation. `blocked`: matrix products over blocks of queries."""
+"""`scaled_dot_product`: torch's own choice of implementation. `blocked`: hydra.kernels.blocked_attention."""
 DECODE_KERNEL = "single_query"
 """For one query token in each row on a CPU, with a mask; needs hydra.kernels.decode.load_native."""
 
-QUERY_BLOCK = 64
-"""Queries of a block: it skips the keys after its last query, and larger blocks skip fewer."""
 MAX_BLOCKED_TOKENS = 1024
-"""`blocked` keeps a score for every visible pair until the backward pass; beyond this length that is too much."""
+"""`blocked` keeps a weight for every visible pair until the backward pass; beyond this length that is too much."""
 
 
 def choose_kernel(device_type: str, n_tokens: int) -> tuple[str, str]:
@@ -28,7 +26,7 @@ def choose_kernel(device_type: str, n_tokens: int) -> tuple[str, str]:
     if device_type != "cpu":
         return "scaled_dot_product", "on a GPU torch has fused kernels"
     if n_tokens > MAX_BLOCKED_TOKENS:
-        return "scaled_dot_product", f"more than {MAX_BLOCKED_TOKENS} tokens in a row: scores would fill the memory"
+        return "scaled_dot_product", f"more than {MAX_BLOCKED_TOKENS} tokens in a row: weights would fill the memory"
     return "blocked", "on a CPU plain matrix products are faster than torch's fused attention"
 
 
@@ -80,34 +78,7 @@ def _scaled_dot_product(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1T
 
 
 def _blocked(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor | None) -> Tensor:
-    """Each block of queries against the keys up to its last one: one product for the scores, one for the values.
-
-    The sum that normalises a row divides the result, which has H columns, and not the weights, which have S.
-    """
-    n_batch, n_heads, n_queries, width = q_BNTH.shape
-    n_kv_heads, n_keys = k_BKSH.shape[1], k_BKSH.shape[2]
-    group, n_past = n_heads // n_kv_heads, n_keys - n_queries
-    compute_dtype = torch.promote_types(q_BNTH.dtype, torch.float32)
-    q_BKGTH = (q_BNTH * width**-0.5).unflatten(1, (n_kv_heads, group))
-    keys_XHS, values_XSH = k_BKSH.flatten(0, 1).transpose(1, 2), v_BKSH.flatten(0, 1)
+    n_kv_heads, n_queries, n_keys = k_BKSH.shape[1], q_BNTH.shape[2], k_BKSH.shape[2]
     if mask_B1TS is None:
-        is_visible = causal_mask(n_queries, n_keys, q_BNTH.device)
-    blocks = []
-    for start in range(0, n_queries, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n_queries)
-        n_visible = n_past + stop
-        q_XPH = q_BKGTH[:, :, :, start:stop].reshape(n_batch * n_kv_heads, group * (stop - start), width)
-        scores_XPS = torch.bmm(q_XPH, keys_XHS[:, :, :n_visible])
-        scores_BKGQS = scores_XPS.view(n_batch, n_kv_heads, group, stop - start, n_visible).to(compute_dtype)
-        if mask_B1TS is None:
-            scores_BKGQS = scores_BKGQS.masked_fill(~is_visible[start:stop, :n_visible], -torch.inf)
-        else:
-            scores_BKGQS = scores_BKGQS + mask_B1TS[:, :, None, start:stop, :n_visible].to(compute_dtype)
-        # A row that sees nothing has -inf for its maximum; the floor makes its weights 0 instead of NaN.
-        top_BKGQ1 = scores_BKGQS.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(compute_dtype).min)
-        weights_BKGQS = (scores_BKGQS - top_BKGQ1).exp().to(q_BNTH.dtype)
-        sums_BKGQ1 = weights_BKGQS.to(compute_dtype).sum(-1, keepdim=True)
-        out_XPH = torch.bmm(weights_BKGQS.view_as(scores_XPS), values_XSH[:, :n_visible])
-        out_BKGQH = out_XPH.view(n_batch, n_kv_heads, group, stop - start, width)
-        blocks.append(out_BKGQH.to(compute_dtype) / sums_BKGQ1.clamp(min=torch.finfo(compute_dtype).tiny))
-    return torch.cat(blocks, dim=3).flatten(1, 2).to(q_BNTH.dtype)
+        mask_B1TS = to_additive(causal_mask(n_queries, n_keys, q_BNTH.device), q_BNTH.dtype)[None, None]
+    return blocked_attention(q_BNTH.unflatten(1, (n_kv_heads, -1)), k_BKSH, v_BKSH, mask_B1TS).flatten(1, 2)

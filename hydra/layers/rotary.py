@@ -31,9 +31,9 @@ def apply_rotary(x_BTNH: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
     Computed in the dtype of the angles (float32 or float64) and returned in that of x_BTNH. Norms are preserved.
     """
     half = cos_BT1R.shape[-1]
-    first = x_BTNH[..., :half].to(cos_BT1R.dtype)
-    second = x_BTNH[..., half : 2 * half].to(cos_BT1R.dtype)
-    parts = [first * cos_BT1R - second * sin_BT1R, second * cos_BT1R + first * sin_BT1R]
-    if x_BTNH.shape[-1] > 2 * half:
-        parts.append(x_BTNH[..., 2 * half :].to(cos_BT1R.dtype))
-    return torch.cat(parts, dim=-1).to(x_BTNH.dtype)
+    first, second, rest = x_BTNH.split([half, half, x_BTNH.shape[-1] - 2 * half], dim=-1)
+    first, second = first.to(cos_BT1R.dtype), second.to(cos_BT1R.dtype)
+    # Rounded before they are joined, so that compiled code writes each number once.
+    rotated = [first * cos_BT1R - second * sin_BT1R, second * cos_BT1R + first * sin_BT1R]
+    parts = [part.to(x_BTNH.dtype) for part in rotated]
+    return torch.cat(parts if rest.shape[-1] == 0 else [*parts, rest], dim=-1)

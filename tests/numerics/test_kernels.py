@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hydra.attention.core import KERNELS, QUERY_BLOCK, choose_kernel, softmax_attention
+from hydra.attention.core import KERNELS, choose_kernel, softmax_attention
 from hydra.attention.masks import causal_mask, to_additive
 from hydra.errors import ConfigError
+from hydra.kernels.blocked_attention import QUERY_BLOCK
 from hydra.kernels.linear_cross_entropy import IGNORE_INDEX, MAX_LOGITS, chunk_length, linear_cross_entropy
 from hydra.kernels.reference import linear_cross_entropy as reference
 from hydra.testing.poison import nan_poisoned_memory  # noqa: F401
