@@ -3,7 +3,6 @@
 B batch, T queries, S keys, N query heads, K key/value heads, H head width.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

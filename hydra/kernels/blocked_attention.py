@@ -3,7 +3,8 @@
 The scores of a block reach to its last query only. The weights are kept for the backward pass, which then needs
 neither scores nor exponentials, and no mask (Dao et al., FlashAttention, arXiv 2205.14135, B.2, without its tiling).
 
-B batch, T queries, S keys, K key/value heads, G query heads of each, H head width; X = B K, Q queries of a block, P = G Q.
+B batch, T queries, S keys, K key/value heads, G query heads of each, H head width; X = B K, Q queries of a block,
+P = G Q, E either of H and S.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from torch import Tensor
 
 QUERY_BLOCK = 64
 """Queries of a block: larger ones have more keys that their first queries do not see, smaller ones thin products."""
+MAX_BLOCKS = 8
+"""Longer sequences get larger blocks instead: each is code of its own to a compiler."""
 
 
 def blocked_attention(q_BKGTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor) -> Tensor:
@@ -80,8 +83,9 @@ class _BlockedAttention(torch.autograd.Function):
 
 def _query_blocks(n_queries: int, n_keys: int) -> Iterator[tuple[int, int, int]]:
     """First query, the one behind the last, and how many keys they see."""
-    for start in range(0, n_queries, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, n_queries)
+    length = QUERY_BLOCK * max(1, -(-n_queries // (QUERY_BLOCK * MAX_BLOCKS)))
+    for start in range(0, n_queries, length):
+        stop = min(start + length, n_queries)
         yield start, stop, n_keys - n_queries + stop
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from hydra.attention.core import KERNELS, choose_kernel, softmax_attention
 from hydra.attention.masks import causal_mask, to_additive
 from hydra.errors import ConfigError
-from hydra.kernels.blocked_attention import QUERY_BLOCK
+from hydra.kernels.blocked_attention import MAX_BLOCKS, QUERY_BLOCK
 from hydra.kernels.linear_cross_entropy import IGNORE_INDEX, MAX_LOGITS, chunk_length, linear_cross_entropy
 from hydra.kernels.reference import linear_cross_entropy as reference
 from hydra.testing.poison import nan_poisoned_memory  # noqa: F401
@@ -15,6 +15,8 @@ from hydra.testing.specs import document_ids, random_activations
 from hydra.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned_memory")
+LONG = QUERY_BLOCK * MAX_BLOCKS + 3
+"""More than so many blocks of the usual length."""
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -30,7 +32,16 @@ def slow_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_TS: Tens
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(
     ("n_queries", "n_keys"),
-    [(1, 1), (1, 9), (5, 5), (3, 8), (QUERY_BLOCK, QUERY_BLOCK), (QUERY_BLOCK + 1, QUERY_BLOCK + 1), (70, 150)],
+    [
+        (1, 1),
+        (1, 9),
+        (5, 5),
+        (3, 8),
+        (QUERY_BLOCK, QUERY_BLOCK),
+        (QUERY_BLOCK + 1, QUERY_BLOCK + 1),
+        (70, 150),
+        (LONG, LONG),
+    ],
 )
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize("kernel", KERNELS)
