@@ -24,8 +24,13 @@ LINE = 64
 @cache
 def _load() -> None:
     load_library("decode")
-    torch.library.register_fake("hydra::decode_linear", lambda x, w, scales: x.new_empty(*x.shape[:-1], w.shape[0]))
+    torch.library.register_fake("hydra::decode_linear", _fake_linear)
     torch.library.register_fake("hydra::decode_attention", lambda q, k, v, mask: torch.empty_like(q))
+
+
+def _fake_linear(x: Tensor, matrices: list[Tensor]) -> Tensor:
+    n_out = sum(matrix.shape[0] for matrix in matrices if matrix.ndim == 2)
+    return x.new_empty(x.numel() // x.shape[-1] * n_out)
 
 
 def load_native(n_threads: int) -> None:
@@ -40,7 +45,7 @@ def load_native(n_threads: int) -> None:
 
 def direct_calls() -> dict[torch._ops.OpOverload, list[str]]:
     """For inductor's option aot_inductor.custom_ops_to_c_shims: the operators, as compiled code calls them in C."""
-    tensors = {"decode_linear": "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*"}
+    tensors = {"decode_linear": "AtenTensorHandle, const AtenTensorHandle*, int64_t"}
     tensors["decode_attention"] = "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle"
     return {
         getattr(torch.ops.hydra, name).default: [f"AOTITorchError aoti_torch_cpu_{name}({inputs}, AtenTensorHandle*)"]
@@ -57,7 +62,8 @@ def native_linear(x: Tensor, weight_OI: Tensor, scales_O: Tensor | None = None) 
         scales_O: float32. The activations then enter as 16-bit whole numbers with one scale for each row, which rounds
             them less than bfloat16 does.
     """
-    return torch.ops.hydra.decode_linear(x, weight_OI, scales_O)
+    matrices = [weight_OI] if scales_O is None else [weight_OI, scales_O]
+    return torch.ops.hydra.decode_linear(x, matrices).view(*x.shape[:-1], weight_OI.shape[0])
 
 
 def native_single_query_attention(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B11S: Tensor) -> Tensor:

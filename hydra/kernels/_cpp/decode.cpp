@@ -20,7 +20,6 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
-#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -267,19 +266,50 @@ inline void dot_rows(const W* w, const W* x, int64_t n_in, float out[R][C]) {
         }
 }
 
+#if defined(__AVX512F__)
+// Where a row is as short as these are, adding up its lanes takes as long as its products: four rows go together.
+inline void sum_lanes(const __m512 rows[4], float out[4]) {
+    const __m512 r01 = _mm512_add_ps(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
+    const __m512 r23 = _mm512_add_ps(_mm512_unpacklo_ps(rows[2], rows[3]), _mm512_unpackhi_ps(rows[2], rows[3]));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(r01), _mm512_castps_pd(r23));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(r01), _mm512_castps_pd(r23));
+    const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 halves = _mm256_add_ps(
+        _mm512_castps512_ps256(quarters), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(quarters), 1)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+inline void sum_lanes(const __m512i rows[4], int32_t out[4]) {
+    const __m512i r01 = _mm512_add_epi32(_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[0], rows[1]));
+    const __m512i r23 = _mm512_add_epi32(_mm512_unpacklo_epi32(rows[2], rows[3]), _mm512_unpackhi_epi32(rows[2], rows[3]));
+    const __m512i quarters = _mm512_add_epi32(_mm512_unpacklo_epi64(r01, r23), _mm512_unpackhi_epi64(r01, r23));
+    const __m256i halves = _mm256_add_epi32(_mm512_castsi512_si256(quarters), _mm512_extracti64x4_epi64(quarters, 1));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(out), _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+}
+template <int R, class Vector, class Number>
+inline void sum_rows(const Vector (&rows)[R], Number (&out)[R]) {
+    static_assert(R == 4 || R == 1);
+    Vector four[4] = {rows[0]};
+    Number sums[4];
+    for (int r = 1; r < 4; ++r) four[r] = rows[R == 4 ? r : 0];
+    sum_lanes(four, sums);
+    std::copy_n(sums, R, out);
+}
+#endif
+
 #if defined(__AVX512BF16__)
 // Products of bfloat16 pairs, added up in float32.
 template <int R, int C>
 inline void dot_rows(const bf16* w, const bf16* x, int64_t n_in, float out[R][C]) {
-    __m512 sums[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
+    __m512 sums[C][R];
+    for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) sums[c][r] = _mm512_setzero_ps();
     auto step = [&](int64_t i, __mmask32 mask) __attribute__((always_inline)) {
         __m512bh x_c[C];
         for (int c = 0; c < C; ++c) x_c[c] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + c * n_in + i);
         for (int r = 0; r < R; ++r) {
             const __m512bh w_r = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * n_in + i);
-            for (int c = 0; c < C; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], w_r, x_c[c]);
+            for (int c = 0; c < C; ++c) sums[c][r] = _mm512_dpbf16_ps(sums[c][r], w_r, x_c[c]);
         }
     };
     int64_t i = 0;
@@ -288,8 +318,11 @@ inline void dot_rows(const bf16* w, const bf16* x, int64_t n_in, float out[R][C]
         step(i, ~0u);
     }
     if (i < n_in) step(i, (1u << (n_in - i)) - 1);
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) out[r][c] = _mm512_reduce_add_ps(sums[r][c]);
+    for (int c = 0; c < C; ++c) {
+        float totals[R];
+        sum_rows<R>(sums[c], totals);
+        for (int r = 0; r < R; ++r) out[r][c] = totals[r];
+    }
 }
 #endif
 
@@ -349,17 +382,17 @@ template <int R, int C>
 inline void dot_rows(const uint8_t* w, const FixedPoint& x, int64_t b, int64_t n_in, float out[R][C]) {
     int64_t totals[R][C];
 #if defined(__AVX512VNNI__)
-    __m512i highs[R][C], lows[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) highs[r][c] = lows[r][c] = _mm512_setzero_si512();
+    __m512i highs[C][R], lows[C][R];
+    for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) highs[c][r] = lows[c][r] = _mm512_setzero_si512();
     auto step = [&](int64_t i, __mmask64 mask) __attribute__((always_inline)) {
         for (int c = 0; c < C; ++c) {
             const __m512i high = _mm512_maskz_loadu_epi8(mask, x.high.data() + (b + c) * n_in + i);
             const __m512i low = _mm512_maskz_loadu_epi8(mask, x.low.data() + (b + c) * n_in + i);
             for (int r = 0; r < R; ++r) {
                 const __m512i w_r = _mm512_maskz_loadu_epi8(mask, w + r * n_in + i);
-                highs[r][c] = _mm512_dpbusd_epi32(highs[r][c], w_r, high);
-                lows[r][c] = _mm512_dpbusd_epi32(lows[r][c], w_r, low);
+                highs[c][r] = _mm512_dpbusd_epi32(highs[c][r], w_r, high);
+                lows[c][r] = _mm512_dpbusd_epi32(lows[c][r], w_r, low);
             }
         }
     };
@@ -369,9 +402,12 @@ inline void dot_rows(const uint8_t* w, const FixedPoint& x, int64_t b, int64_t n
         step(i, ~0ull);
     }
     if (i < n_in) step(i, (1ull << (n_in - i)) - 1);
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c)
-            totals[r][c] = 256 * static_cast<int64_t>(_mm512_reduce_add_epi32(highs[r][c])) + _mm512_reduce_add_epi32(lows[r][c]);
+    for (int c = 0; c < C; ++c) {
+        int32_t high[R], low[R];
+        sum_rows<R>(highs[c], high);
+        sum_rows<R>(lows[c], low);
+        for (int r = 0; r < R; ++r) totals[r][c] = 256 * static_cast<int64_t>(high[r]) + low[r];
+    }
 #else
     prefetch(w, R * n_in);
     for (int r = 0; r < R; ++r)
@@ -423,60 +459,84 @@ struct Product {
         if (b < n_rows) block<R, 1>(o, b);
     }
 
-    void outputs(int64_t start, int64_t stop) const {
-        int64_t o = start;
+    // In blocks of four outputs; the last one may have fewer.
+    int64_t n_blocks() const { return (n_out + 3) / 4; }
+
+    void outputs(int64_t first_block, int64_t behind_last) const {
+        int64_t o = 4 * first_block;
+        const int64_t stop = std::min(n_out, 4 * behind_last);
         for (; o + 4 <= stop; o += 4) all_rows<4>(o);
         for (; o < stop; ++o) all_rows<1>(o);
     }
 };
 
-// Part `index` of n, in multiples of `step`.
-std::pair<int64_t, int64_t> part(int64_t count, int64_t step, int index, int n) {
-    const int64_t n_steps = (count + step - 1) / step;
-    return {std::min(count, n_steps * index / n * step), std::min(count, n_steps * (index + 1) / n * step)};
-}
+// Part `index` of n.
+std::pair<int64_t, int64_t> part(int64_t count, int index, int n) { return {count * index / n, count * (index + 1) / n}; }
 
 // Two for each thread, so that one that comes late still finds work.
 int n_parts(int64_t count) { return static_cast<int>(std::clamp<int64_t>(count, 1, 2 * team().n_threads())); }
 
+// One x times several matrices, as one task: their outputs come one behind the other.
 template <class X>
-void multiply(const View& x, const View& weight, const float* scales, void* out) {
-    Product<X> product{};
-    product.x = static_cast<const X*>(x.data);
-    product.out = static_cast<X*>(out);
-    product.n_in = weight.sizes[1], product.n_out = weight.sizes[0];
-    product.n_rows = product.n_in == 0 ? 0 : x.numel() / product.n_in;
+void multiply(const View& x, const std::vector<View>& matrices, void* out) {
+    const bool is_fixed = matrices[0].dtype == kUint8;
+    Product<X> common{};
+    common.x = static_cast<const X*>(x.data);
+    common.n_in = matrices[0].sizes[1];
+    common.n_rows = common.n_in == 0 ? 0 : x.numel() / common.n_in;
     thread_local FixedPoint x_fixed;
-    if (scales != nullptr) {
-        x_fixed.assign(product.x, product.n_rows, product.n_in);
-        product.x_fixed = &x_fixed;
-        product.w_fixed = static_cast<const uint8_t*>(weight.data);
-        product.scales = scales;
-    } else {
-        product.w = static_cast<const X*>(weight.data);
+    if (is_fixed) {
+        x_fixed.assign(common.x, common.n_rows, common.n_in);
+        common.x_fixed = &x_fixed;
     }
-    team().run(n_parts(product.n_out / 4), [&](int index, int n) {
-        const auto [start, stop] = part(product.n_out, 4, index, n);
-        product.outputs(start, stop);
+    std::vector<Product<X>> products;
+    X* next = static_cast<X*>(out);
+    int64_t n_blocks = 0;
+    for (size_t m = 0; m < matrices.size(); m += is_fixed ? 2 : 1) {
+        Product<X> product = common;
+        product.n_out = matrices[m].sizes[0];
+        product.out = next;
+        if (is_fixed) {
+            product.w_fixed = static_cast<const uint8_t*>(matrices[m].data);
+            product.scales = static_cast<const float*>(matrices[m + 1].data);
+        } else {
+            product.w = static_cast<const X*>(matrices[m].data);
+        }
+        next += product.n_rows * product.n_out;
+        n_blocks += product.n_blocks();
+        products.push_back(product);
+    }
+    team().run(n_parts(n_blocks), [&](int index, int n) {
+        auto [start, stop] = part(n_blocks, index, n);
+        for (const Product<X>& product : products) {
+            const int64_t here = product.n_blocks();
+            if (start < here && stop > 0) product.outputs(std::max<int64_t>(start, 0), std::min(stop, here));
+            start -= here, stop -= here;
+        }
     });
 }
 
-AtenTensorHandle linear(AtenTensorHandle x_handle, AtenTensorHandle weight_handle, AtenTensorHandle scales_handle) {
-    const View x(x_handle), weight(weight_handle);
-    check(weight.n_dims == 2 && x.n_dims > 0 && x.sizes[x.n_dims - 1] == weight.sizes[1],
-          "the last size of x must be that of weight");
-    const float* scales = nullptr;
-    if (scales_handle != nullptr) {
-        const View view(scales_handle);
-        check(view.dtype == kFloat32 && view.numel() == weight.sizes[0], "scales must be float32, one for each output");
-        scales = static_cast<const float*>(view.data);
+AtenTensorHandle linear(AtenTensorHandle x_handle, const AtenTensorHandle* handles, int64_t n_handles) {
+    const View x(x_handle);
+    check(n_handles > 0, "there must be a matrix");
+    std::vector<View> matrices;
+    for (int64_t m = 0; m < n_handles; ++m) matrices.emplace_back(handles[m]);
+    const bool is_fixed = matrices[0].dtype == kUint8;
+    check(!is_fixed || n_handles % 2 == 0, "a uint8 matrix must be followed by its scales");
+    int64_t n_out = 0;
+    for (int64_t m = 0; m < n_handles; m += is_fixed ? 2 : 1) {
+        const View& weight = matrices[m];
+        check(weight.n_dims == 2 && x.n_dims > 0 && x.sizes[x.n_dims - 1] == weight.sizes[1],
+              "the last size of x must be that of weight");
+        check(weight.dtype == (is_fixed ? kUint8 : x.dtype), "weights must all have the dtype of x, or be uint8 with scales");
+        check(!is_fixed || (matrices[m + 1].dtype == kFloat32 && matrices[m + 1].numel() == weight.sizes[0]),
+              "scales must be float32, one for each output");
+        n_out += weight.sizes[0];
     }
-    check(weight.dtype == (scales == nullptr ? x.dtype : kUint8), "weight must have the dtype of x, or be uint8 with scales");
-    std::vector<int64_t> shape(x.sizes, x.sizes + x.n_dims);
-    shape.back() = weight.sizes[0];
-    const auto [out, data] = empty(shape, x.dtype);
-    if (x.dtype == kBFloat16) multiply<bf16>(x, weight, scales, data);
-    else multiply<float>(x, weight, scales, data);
+    const int64_t n_in = matrices[0].sizes[1];
+    const auto [out, data] = empty({n_in == 0 ? 0 : x.numel() / n_in * n_out}, x.dtype);
+    if (x.dtype == kBFloat16) multiply<bf16>(x, matrices, data);
+    else multiply<float>(x, matrices, data);
     return out;
 }
 
@@ -531,7 +591,7 @@ void attend(const View& q, const View& k, const View& v, const View& mask, void*
         mask.sizes[0] == 1 ? 0 : k.sizes[2]};
     const int64_t n_heads = q.sizes[0] * q.sizes[1];
     team().run(n_parts(n_heads), [&](int index, int n) {
-        const auto [start, stop] = part(n_heads, 1, index, n);
+        const auto [start, stop] = part(n_heads, index, n);
         for (int64_t head = start; head < stop; ++head) attention.head(head);
     });
 }
@@ -551,8 +611,10 @@ AtenTensorHandle attention(
     return out;
 }
 
-Tensor boxed_linear(Tensor x, Tensor weight, std::optional<Tensor> scales) {
-    return Tensor(linear(x.get(), weight.get(), scales.has_value() ? scales->get() : nullptr));
+Tensor boxed_linear(Tensor x, std::vector<Tensor> matrices) {
+    std::vector<AtenTensorHandle> handles;
+    for (const Tensor& matrix : matrices) handles.push_back(matrix.get());
+    return Tensor(linear(x.get(), handles.data(), static_cast<int64_t>(handles.size())));
 }
 
 Tensor boxed_attention(Tensor q, Tensor k, Tensor v, Tensor mask) {
@@ -574,8 +636,8 @@ AOTITorchError guarded(const Function& function) {
 
 // What a compiled graph calls directly: going through the dispatcher takes longer than a small product.
 extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_decode_linear(
-    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* scales, AtenTensorHandle* out) {
-    return guarded([&] { *out = linear(x, weight, scales == nullptr ? nullptr : *scales); });
+    AtenTensorHandle x, const AtenTensorHandle* matrices, int64_t n_matrices, AtenTensorHandle* out) {
+    return guarded([&] { *out = linear(x, matrices, n_matrices); });
 }
 
 extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_decode_attention(
@@ -584,7 +646,7 @@ extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_
 }
 
 STABLE_TORCH_LIBRARY(hydra, library) {
-    library.def("decode_linear(Tensor x, Tensor weight, Tensor? scales) -> Tensor");
+    library.def("decode_linear(Tensor x, Tensor[] matrices) -> Tensor");
     library.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor mask) -> Tensor");
     library.def("decode_set_threads(int n_threads) -> ()");
 }

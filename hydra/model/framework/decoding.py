@@ -22,7 +22,7 @@ from hydra.errors import ConfigError
 from hydra.kernels.decode import NATIVE_DTYPES, direct_calls, load_native, native_linear, pack
 from hydra.model.framework.generation import check_sampling, choose_token, draw_uniforms
 from hydra.model.framework.model import HydraModel
-from hydra.model.framework.quantisation import Int8Matrix, Int8Weights, find_matrices
+from hydra.model.framework.quantisation import ZERO_POINT, Int8Matrix, Int8Weights, find_matrices
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,10 @@ class PackedLinear(nn.Module):
         """Map (B, T, I) to (B, T, O)."""
         if self.is_native and x_BTI.shape[1] == 1:
             return native_linear(x_BTI.contiguous(), self.weight_OI, self.scales_O)
-        return F.linear(x_BTI, self.weight)
+        if self.scales_O is None:
+            return F.linear(x_BTI, self.weight_OI)
+        # Whole numbers up to 127 are exact in any dtype, and their scales are cheaper to apply to a prompt's outputs.
+        return (F.linear(x_BTI, self.weight_OI.to(self.dtype) - ZERO_POINT) * self.scales_O).to(self.dtype)
 
 
 class Decoder:
@@ -147,9 +150,9 @@ class Decoder:
         for index in range(n_new_tokens):
             if index > 0:
                 logits_BV = self.decode_step()
-            choice_B = choose_token(logits_BV, temperature, top_k, uniforms_TB[index])
-            self.next_ids_B.copy_(choice_B)
-            new_ids_TB[index] = choice_B
+            if temperature > 0.0:
+                self.next_ids_B.copy_(choose_token(logits_BV, temperature, top_k, uniforms_TB[index]))
+            new_ids_TB[index] = self.next_ids_B
         return new_ids_TB.T.tolist()
 
     def _build_modules(self, model: HydraModel, int8: Int8Weights | None, is_native: bool) -> None:
@@ -192,7 +195,10 @@ class Decoder:
         return {key: (cos[0, :, 0], sin[0, :, 0]) for key, (cos, sin) in context.rotary_tables.items()}
 
     def _step(self) -> Tensor:
-        """Feed next_ids_B at the places n_past_B, count them, and return the logits of what follows."""
+        """Feed next_ids_B at the places n_past_B, count them, and return the logits of what follows.
+
+        The likeliest tokens are left in next_ids_B: a greedy continuation need not do anything between two steps.
+        """
         self.mask_B11S[self.rows_B, 0, 0, self.n_past_B] = 0.0
         rotary = {
             key: (cos_SR[self.n_past_B][:, None, None], sin_SR[self.n_past_B][:, None, None])
@@ -203,10 +209,11 @@ class Decoder:
         )
         logits_BV = self._compute_logits(self.next_ids_B[:, None], context, self.caches)
         self.n_past_B.add_(1)
+        self.next_ids_B.copy_(logits_BV.argmax(dim=-1))
         return logits_BV
 
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
-        """Fill the caches with the prompts, each by itself: a stream does not depend on its neighbours' lengths."""
+        """As `_step` for whole prompts, each by itself: a stream does not depend on its neighbours' lengths."""
         self._clear()
         rows = []
         for row, prompt_ids in enumerate(prompts):
@@ -217,7 +224,9 @@ class Decoder:
             rows.append(self._compute_logits(ids_BT, context, [cache.row(row) for cache in self.caches]))
             self.n_past_B[row] = len(prompt_ids)
             self.mask_B11S[row, ..., : len(prompt_ids)] = 0.0
-        return torch.cat(rows)
+        logits_BV = torch.cat(rows)
+        self.next_ids_B.copy_(logits_BV.argmax(dim=-1))
+        return logits_BV
 
     def _clear(self) -> None:
         for cache in self.caches:
@@ -230,7 +239,13 @@ class Decoder:
         """One graph of a step; on a GPU also recorded, and replayed without the host."""
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         if self.device.type == "cpu":
-            options |= {**CPU_OPTIONS, "aot_inductor.custom_ops_to_c_shims": direct_calls()}
+            from hydra.kernels.joint_products import JoinProducts  # imports torch's compiler
+
+            options |= {
+                **CPU_OPTIONS,
+                "aot_inductor.custom_ops_to_c_shims": direct_calls(),
+                "post_grad_custom_pre_pass": JoinProducts(),
+            }
         # Nothing that the step reads is ever replaced: no guards. Isolated: no other decoder takes it for its own.
         step = torch.compile(self._step, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
         with torch.no_grad():
