@@ -43,14 +43,28 @@ def load_native(n_threads: int) -> None:
     torch.ops.hydra.decode_set_threads(n_threads)
 
 
-def direct_calls() -> dict[torch._ops.OpOverload, list[str]]:
+class DirectCalls(dict[torch._ops.OpOverload, list[str]]):
+    """Operators and the C functions that compute them. Pickled by name, so that compiled code can be kept under it."""
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, list[str]]]]:
+        return dict, ({str(operator): declarations for operator, declarations in self.items()},)
+
+    def __deepcopy__(self, memo: object) -> "DirectCalls":
+        return self
+
+
+def direct_calls() -> DirectCalls:
     """For inductor's option aot_inductor.custom_ops_to_c_shims: the operators, as compiled code calls them in C."""
     tensors = {"decode_linear": "AtenTensorHandle, const AtenTensorHandle*, int64_t"}
     tensors["decode_attention"] = "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle"
-    return {
-        getattr(torch.ops.hydra, name).default: [f"AOTITorchError aoti_torch_cpu_{name}({inputs}, AtenTensorHandle*)"]
-        for name, inputs in tensors.items()
-    }
+    return DirectCalls(
+        {
+            getattr(torch.ops.hydra, name).default: [
+                f"AOTITorchError aoti_torch_cpu_{name}({inputs}, AtenTensorHandle*)"
+            ]
+            for name, inputs in tensors.items()
+        }
+    )
 
 
 def native_linear(x: Tensor, weight_OI: Tensor, scales_O: Tensor | None = None) -> Tensor:
