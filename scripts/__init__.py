@@ -4,7 +4,7 @@ import hydra
 
 if not (hydra.__doc__ or "").startswith("HYDRA:"):
     raise ImportError(
-        f"the package `hydra` must be HYDRA's own, but Python finds {hydra.__file__}. Facebook's hydra-core has the "
-        "same package name: uninstall it from this environment (pip uninstall hydra-core), or use the .venv that "
-        "`make report` makes"
+        f"the package `hydra` must be HYDRA's own, but Python finds {hydra.__file__ or list(hydra.__path__)}. A folder "
+        "of that name in the working directory hides it when it is not installed; and Facebook's hydra-core has the "
+        "same package name: uninstall that (pip uninstall hydra-core), or use the .venv that `make report` makes"
     )

@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -46,8 +46,7 @@ class TrainingConfig:
     """Everything that decides what a run computes. The defaults are the `debug` preset.
 
     Raises:
-        pydantic.ValidationError: a field or a combination cannot be run (`preset` and `from_parameters` turn it into
-            a `ConfigError` that a person can read).
+        ConfigError: naming every unknown name, wrong type and impossible combination, with the closest known name.
     """
 
     preset_name: Literal["debug", "tiny", "50M", "100M", "250M", "500M", "750M", "1B", "1.5B"] = "debug"
@@ -172,7 +171,7 @@ class TrainingConfig:
         _must(
             self.micro_batch_size == 0 or self.batch_size % self.micro_batch_size == 0,
             "micro_batch_size",
-            "divide batch_size, or be 0",
+            f"divide batch_size={self.batch_size}, or be 0 (chosen by memory)",
             self.micro_batch_size,
         )
         _must(self.d_model % self.n_heads == 0, "n_heads", f"divide d_model={self.d_model}", self.n_heads)
@@ -189,8 +188,16 @@ class TrainingConfig:
                 "attention", "{problem}", {"problem": f"attention, attention_options: {error}"}
             ) from None
 
+    @pydantic.model_validator(mode="wrap")
     @classmethod
-    def preset(cls, name: str, **fields: object) -> Self:
+    def _refuse_plainly(cls, values: Any, build: Callable[[Any], Self]) -> Self:
+        try:
+            return build(values)
+        except pydantic.ValidationError as error:
+            raise ConfigError("\n".join(_describe(problem) for problem in error.errors())) from None
+
+    @classmethod
+    def preset(cls, name: str, /, **fields: object) -> Self:
         """The preset `name` with `fields` in place of its own.
 
         Raises:
@@ -200,18 +207,14 @@ class TrainingConfig:
             raise ConfigError(
                 f"preset must be one of {', '.join(PRESETS)}, but got {name!r}{_closest(str(name), PRESETS)}"
             )
-        known = [field.name for field in dataclasses.fields(cls)]
-        names = ["preset", *(field for field in known if field != "preset_name")]
-        problems = [
-            f"{given}: there is no such parameter{_closest(given, names)}"
-            for given in fields
-            if given not in known or given == "preset_name"
-        ]
+        problems = []
+        if "preset_name" in fields:
+            problems.append("preset_name: there is no such parameter; did you mean preset?")
         values: dict[str, Any] = {**PRESETS[name], **fields, "preset_name": name}
         try:
-            config = cls(**{given: value for given, value in values.items() if given in known})
-        except pydantic.ValidationError as error:
-            problems += [_describe(problem) for problem in error.errors()]
+            config = cls(**values)
+        except ConfigError as error:
+            problems.append(str(error))
         if problems:
             raise ConfigError("\n".join(problems))
         return config
@@ -467,5 +470,10 @@ def _describe(problem: ErrorDetails) -> str:
     if not problem["loc"]:
         return problem["msg"]
     field = str(problem["loc"][0])
+    if problem["type"] == "unexpected_keyword_argument":
+        if field == "preset":
+            return "preset: a preset is taken by TrainingConfig.preset(name, **fields)"
+        names = ["preset", *(known.name for known in dataclasses.fields(TrainingConfig) if known.name != "preset_name")]
+        return f"{field}: there is no such parameter{_closest(field, names)}"
     must, got = problem["msg"], problem["input"]
     return f"{field}: {must[0].lower()}{must[1:]}, but got {got!r} ({type(got).__name__})"

@@ -22,6 +22,7 @@ from hydra.errors import ConfigError, MemoryLimitError
 from hydra.model.framework import HydraModel
 from hydra.model.framework.checkpointing import SELECTIVE_BUDGET
 from hydra.model.framework.execution import CHECKPOINTING
+from hydra.optim import state_bytes
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.choices import Choices, resolve
 from hydra.runtime.forecast import Forecast, measure_matrix_rate
@@ -82,6 +83,7 @@ def plan_memory(
             f"activation_checkpointing={least.activation_checkpointing} and "
             f"optimizer_offload={'yes' if least.optimizer_offload else 'no'}; "
             f"{_nearest_that_fits(config, choices, vocab_size, limit.limit_bytes)}"
+            f"{'; or raise memory_limit_mib' if limit.source == 'memory_limit_mib' else ''}"
         )
     prediction = predictions[rung]
     if rung.optimizer_offload:
@@ -183,7 +185,7 @@ def _nearest_that_fits(config: TrainingConfig, choices: Choices, vocab_size: int
     return "no number of blocks would fit: take a smaller d_model or vocabulary, or a machine with more memory"
 
 
-def forecast(config: TrainingConfig, run_dir: Path | None = None) -> Forecast:
+def forecast(config: TrainingConfig, run_dir: str | Path | None = None) -> Forecast:
     """What a run of `config` will take; of a run that is there already, the plan that it keeps.
 
     Nothing is started or written but the cache of predictions under data_dir.
@@ -191,6 +193,7 @@ def forecast(config: TrainingConfig, run_dir: Path | None = None) -> Forecast:
     Raises:
         MemoryLimitError: it would not fit this machine.
     """
+    run_dir = None if run_dir is None else workspace_root() / run_dir
     stored = paths.read_json(run_dir / paths.MEMORY_PLAN) if run_dir else {}
     vocab_size = _vocab_size(config, run_dir)
     resolved = paths.read_json(run_dir / paths.ENVIRONMENT).get("resolved") if run_dir else None
@@ -206,11 +209,14 @@ def forecast(config: TrainingConfig, run_dir: Path | None = None) -> Forecast:
         tokens_per_step=config.batch_size * config.context_length,
         flops_per_token=model.flops_per_token(config.context_length),
         flops_per_s=measure_matrix_rate(
-            memory.micro_batch_size * config.context_length, config.d_model, choices.dtype, choices.device
+            memory.micro_batch_size * config.context_length,
+            config.d_model,
+            choices.dtype,
+            choices.device,
+            choices.threads,
         ),
         share_of_rate=SHARE_OF_RATE,
-        # On the host weights, gradients and the optimizer's state are counted together.
-        checkpoint_bytes=4 * n_parameters + max(memory.prediction.optimizer, memory.prediction.on_host),
+        checkpoint_bytes=4 * n_parameters + state_bytes(dict(model.named_parameters()), config.optimizer_spec()),
         n_checkpoints=config.keep_checkpoints,
         n_logged_steps=config.max_steps // config.log_every,
     )

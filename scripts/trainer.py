@@ -184,9 +184,10 @@ class Trainer:
         """
         grad_norm = float(nn.utils.clip_grad_norm_(self.masters.named.values(), self.config.max_gradient_norm))
         if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
+            rates = "learning_rate" if self.config.optimizer == "adamw" else "muon_learning_rate and learning_rate"
             raise NotFiniteError(
                 f"loss and gradient norm must be finite, but got {loss_nats=} and {grad_norm=} in step "
-                f"{self.step + 1}; the weights have not moved. Lower learning_rate, or raise warmup_steps"
+                f"{self.step + 1}; the weights have not moved. Lower {rates}, or raise warmup_steps"
             )
         share_of_peak = self._schedule(self.step)
         for optimizer in self.optimizers:

@@ -57,8 +57,8 @@ class Dataset:
         n_rows = (len(self._train) - 1) // n_tokens
         if n_rows < 1:
             raise DataError(
-                f"The train split must hold at least n_tokens + 1 = {n_tokens + 1} tokens, one row, but got "
-                f"{len(self._train)}; use shorter rows or a larger corpus"
+                f"the text to train on must hold at least one row, {n_tokens + 1} tokens, but got {len(self._train)}; "
+                "use a shorter context_length or a larger corpus"
             )
         return n_rows
 

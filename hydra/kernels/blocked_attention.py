@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 QUERY_BLOCK = 64
 """Queries of a block: larger ones have more keys that their first queries do not see, smaller ones thin products."""
@@ -29,17 +30,19 @@ def blocked_attention(q_BKGTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS
     Returns:
         out_BKGTH in the dtype of q. It can be differentiated once.
     """
-    return _BlockedAttention.apply(q_BKGTH * q_BKGTH.shape[-1] ** -0.5, k_BKSH, v_BKSH, mask_B1TS)
+    assert q_BKGTH.shape[3] <= k_BKSH.shape[2], (q_BKGTH.shape, k_BKSH.shape)
+    q_BKGTH = q_BKGTH * q_BKGTH.shape[-1] ** -0.5
+    return _BlockedAttention.apply(q_BKGTH, k_BKSH.flatten(0, 1), v_BKSH.flatten(0, 1), mask_B1TS)
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BKGTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BKGTH: Tensor, k_XSH: Tensor, v_XSH: Tensor, mask_B1TS: Tensor) -> Tensor:
         compute_dtype = torch.promote_types(q_BKGTH.dtype, torch.float32)
         blocks, weights, sums = [], [], []
-        for start, stop, n_visible in _query_blocks(q_BKGTH.shape[3], k_BKSH.shape[2]):
+        for start, stop, n_visible in _query_blocks(q_BKGTH.shape[3], k_XSH.shape[1]):
             q_XPH = _as_rows(q_BKGTH[:, :, :, start:stop])
-            scores_XPS = torch.bmm(q_XPH, _first_rows(k_BKSH, n_visible).transpose(1, 2))
+            scores_XPS = torch.bmm(q_XPH, _first_rows(k_XSH, n_visible).transpose(1, 2))
             scores_BKGQS = scores_XPS.view(*q_BKGTH.shape[:3], stop - start, n_visible).to(compute_dtype)
             scores_BKGQS = scores_BKGQS + mask_B1TS[:, :, None, start:stop, :n_visible].to(compute_dtype)
             # A row that sees nothing has -inf for its maximum; the floor makes its weights 0 instead of NaN.
@@ -48,37 +51,37 @@ class _BlockedAttention(torch.autograd.Function):
             # The largest weight of a row that sees something is 1. Their sum divides the H columns of the result, and
             # not the S of the weights.
             sums_BKGQ1 = weights_BKGQS.to(compute_dtype).sum(-1, keepdim=True).clamp(min=1.0)
-            out_XPH = torch.bmm(_as_rows(weights_BKGQS), _first_rows(v_BKSH, n_visible))
+            out_XPH = torch.bmm(_as_rows(weights_BKGQS), _first_rows(v_XSH, n_visible))
             out_BKGQH = out_XPH.view(*q_BKGTH.shape[:3], stop - start, -1).to(compute_dtype) / sums_BKGQ1
             blocks.append(out_BKGQH.to(q_BKGTH.dtype))
-            weights.append(weights_BKGQS)
-            sums.append(sums_BKGQ1)
-        ctx.save_for_backward(q_BKGTH, k_BKSH, v_BKSH, *weights, *sums)
+            if any(ctx.needs_input_grad):
+                weights.append(weights_BKGQS)
+                sums.append(sums_BKGQ1)
+        ctx.save_for_backward(q_BKGTH, k_XSH, v_XSH, *weights, *sums)
         return torch.cat(blocks, dim=3)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BKGTH: Tensor) -> tuple[Tensor | None, ...]:
-        q_BKGTH, k_BKSH, v_BKSH, *kept = ctx.saved_tensors
+        q_BKGTH, k_XSH, v_XSH, *kept = ctx.saved_tensors
         weights, sums = kept[: len(kept) // 2], kept[len(kept) // 2 :]
         grads_q, grads_k, grads_v = [], [], []
-        blocks = _query_blocks(q_BKGTH.shape[3], k_BKSH.shape[2])
+        blocks = _query_blocks(q_BKGTH.shape[3], k_XSH.shape[1])
         for (start, stop, n_visible), weights_BKGQS, sums_BKGQ1 in zip(blocks, weights, sums, strict=True):
             weights_XPS = _as_rows(weights_BKGQS)
             # Of the weighted values before they are divided.
             grad_XPH = _as_rows((grad_BKGTH[:, :, :, start:stop] / sums_BKGQ1).to(q_BKGTH.dtype))
             grads_v.append(torch.bmm(weights_XPS.transpose(1, 2), grad_XPH))
-            grad_weights_XPS = torch.bmm(grad_XPH, _first_rows(v_BKSH, n_visible).transpose(1, 2))
+            grad_weights_XPS = torch.bmm(grad_XPH, _first_rows(v_XSH, n_visible).transpose(1, 2))
             # What a weight takes from the others through the sum.
             parts_BKGQS = grad_weights_XPS.view_as(weights_BKGQS) * weights_BKGQS.to(sums_BKGQ1.dtype)
             share_BKGQ1 = parts_BKGQS.sum(-1, keepdim=True) / sums_BKGQ1
             grad_scores_XPS = _as_rows((parts_BKGQS - weights_BKGQS * share_BKGQ1).to(q_BKGTH.dtype))
-            grad_q_XPH = torch.bmm(grad_scores_XPS, _first_rows(k_BKSH, n_visible))
+            grad_q_XPH = torch.bmm(grad_scores_XPS, _first_rows(k_XSH, n_visible))
             grads_q.append(grad_q_XPH.view(*q_BKGTH.shape[:3], stop - start, -1))
             grads_k.append(torch.bmm(grad_scores_XPS.transpose(1, 2), _as_rows(q_BKGTH[:, :, :, start:stop])))
-        grad_k_BKSH, grad_v_BKSH = (
-            _add_first_rows(grads, sums[0].dtype).view_as(k_BKSH) for grads in (grads_k, grads_v)
-        )
-        return torch.cat(grads_q, dim=3), grad_k_BKSH, grad_v_BKSH, None
+        grad_k_XSH, grad_v_XSH = (_add_first_rows(grads, sums[0].dtype) for grads in (grads_k, grads_v))
+        return torch.cat(grads_q, dim=3), grad_k_XSH, grad_v_XSH, None
 
 
 def _query_blocks(n_queries: int, n_keys: int) -> Iterator[tuple[int, int, int]]:
@@ -94,9 +97,9 @@ def _as_rows(block_BKGQE: Tensor) -> Tensor:
     return block_BKGQE.flatten(0, 1).flatten(1, 2)
 
 
-def _first_rows(x_BKSH: Tensor, n_rows: int) -> Tensor:
+def _first_rows(x_XSH: Tensor, n_rows: int) -> Tensor:
     """(X, n_rows, H), contiguous: a product would copy anything else by itself, and slowly when it is transposed."""
-    return x_BKSH.flatten(0, 1)[:, :n_rows].contiguous()
+    return x_XSH[:, :n_rows].contiguous()
 
 
 def _add_first_rows(parts: list[Tensor], compute_dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ O outputs, I inputs, N query heads, K key/value heads, S tokens that a cache hol
 import mmap
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,24 +45,26 @@ def load_native(n_threads: int) -> None:
 
 
 class DirectCalls(dict[torch._ops.OpOverload, list[str]]):
-    """Operators and the C functions that compute them. Pickled by name, so that compiled code can be kept under it."""
+    """Operators and the C functions that compute them.
 
-    def __reduce__(self) -> tuple[type, tuple[dict[str, list[str]]]]:
-        return dict, ({str(operator): declarations for operator, declarations in self.items()},)
+    Pickled by the operators' names: they have no pickled form themselves, and compiled code is kept under this one.
+    """
 
-    def __deepcopy__(self, memo: object) -> "DirectCalls":
-        return self
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _find_operators, ({operator._opname: declarations for operator, declarations in self.items()},)
+
+
+def _find_operators(declarations: dict[str, list[str]]) -> DirectCalls:
+    return DirectCalls({getattr(torch.ops.hydra, name).default: lines for name, lines in declarations.items()})
 
 
 def direct_calls() -> DirectCalls:
     """For inductor's option aot_inductor.custom_ops_to_c_shims: the operators, as compiled code calls them in C."""
     tensors = {"decode_linear": "AtenTensorHandle, const AtenTensorHandle*, int64_t"}
     tensors["decode_attention"] = "AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle"
-    return DirectCalls(
+    return _find_operators(
         {
-            getattr(torch.ops.hydra, name).default: [
-                f"AOTITorchError aoti_torch_cpu_{name}({inputs}, AtenTensorHandle*)"
-            ]
+            name: [f"AOTITorchError aoti_torch_cpu_{name}({inputs}, AtenTensorHandle*)"]
             for name, inputs in tensors.items()
         }
     )

@@ -5,11 +5,15 @@ point is made once. A step has tens of them, each of a few microseconds.
 """
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
+
+from hydra.kernels import decode
+from hydra.kernels._cpp import build
 
 
 class JoinProducts(CustomGraphPass):
@@ -20,8 +24,8 @@ class JoinProducts(CustomGraphPass):
         by_input: defaultdict[tuple[Node, torch.dtype], list[Node]] = defaultdict(list)
         for product in graph.find_nodes(op="call_function", target=torch.ops.hydra.decode_linear.default):
             x, matrices = _operands(product)
-            # What the graph is given is there before the first product; what it computes might not be.
-            if all(matrix.op in ("placeholder", "get_attr") for matrix in matrices):
+            # What the graph is given is there before the first product; anything else might not be.
+            if all(matrix.op == "placeholder" for matrix in matrices):
                 by_input[x, matrices[0].meta["val"].dtype].append(product)
         for products in by_input.values():
             if len(products) > 1:
@@ -29,7 +33,7 @@ class JoinProducts(CustomGraphPass):
 
     def uuid(self) -> Any:
         """What compiled code is kept under."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, decode.__file__, str(Path(build.__file__).with_name("decode.cpp"))))
 
 
 def _operands(product: Node) -> tuple[Node, list[Node]]:

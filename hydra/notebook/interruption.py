@@ -47,8 +47,8 @@ class Interruption:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        logger.warning("%s noted: saving what there is", name)
         if not self._armed:
-            logger.warning("%s noted: saving what there is", name)
             return
         self._armed = False
         raise Interrupted(f"the job was ended by {name}")

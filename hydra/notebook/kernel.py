@@ -17,6 +17,7 @@ from papermill.engines import NotebookExecutionManager
 from traitlets import Integer
 
 MAX_OUTPUT_BYTES = 1_000_000
+MAX_SHOWN_ERRORS = 4_000  # characters
 # sockaddr_un holds 108 bytes; jupyter_client appends "-ipc-5" to the connection file's stem.
 MAX_SOCKET_PATH_BYTES = 107
 
@@ -81,6 +82,7 @@ class BatchClient(PapermillNotebookClient):
         """`traits` are those of nbclient's NotebookClient."""
         super().__init__(nb_man, kernel_manager_class=BatchKernelManager, **traits)
         self._socket_directory = socket_directory
+        self._kernel_errors = socket_directory / "kernel-stderr"
         self._on_cell = on_cell
         self._on_abort = on_abort
         self._output_bytes: dict[int, int] = {}
@@ -97,6 +99,11 @@ class BatchClient(PapermillNotebookClient):
             )
         return manager
 
+    def start_new_kernel(self, **options: object) -> None:
+        """Start the process. What it writes itself is worth reading when it dies, and noise when it is told to end."""
+        with self._kernel_errors.open("wb") as errors:
+            super().start_new_kernel(stderr=errors, **options)
+
     def start_new_kernel_client(self, **options: object) -> object:
         """Wait until the kernel answers.
 
@@ -107,6 +114,7 @@ class BatchClient(PapermillNotebookClient):
             return super().start_new_kernel_client(**options)
         except RuntimeError as error:
             if "Kernel died" in str(error):
+                self._show_kernel_errors()
                 raise DeadKernelError(str(error)) from error
             raise
 
@@ -123,6 +131,8 @@ class BatchClient(PapermillNotebookClient):
                 self.nb_man.cell_complete(cell, cell_index=index)
                 return
             except BaseException as error:
+                if isinstance(error, DeadKernelError):
+                    self._show_kernel_errors()
                 self._cancel_tasks()
                 self.nb_man.cell_died(cell, *self._on_abort(error))
                 raise
@@ -157,6 +167,9 @@ class BatchClient(PapermillNotebookClient):
         """Forget the cell's outputs, and what they took of its share."""
         super().clear_output(outs, msg, cell_index)
         self._output_bytes[cell_index] = 0
+
+    def _show_kernel_errors(self) -> None:
+        sys.stderr.write(self._kernel_errors.read_text(errors="replace")[-MAX_SHOWN_ERRORS:])
 
     def _cancel_tasks(self) -> None:
         """End what still waits for the broken cell, so that it does not write into the notebook during clean-up."""

@@ -5,6 +5,8 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import click
+
 MAX_TABLE_ROWS = 40
 MARKED = ' class="marked"'
 
@@ -30,9 +32,13 @@ class Section:
         return f"<div {self.marker}>{self.body}</div>"
 
     def show(self) -> None:
-        """Display it as the output of a notebook cell."""
+        """Display it as the output of a notebook cell; in words where there is no notebook."""
+        from IPython.core.getipython import get_ipython
         from IPython.display import display
 
+        if get_ipython() is None:
+            click.echo(self.text)
+            return
         display({"text/html": self.to_html(), "text/plain": self.text}, raw=True)
 
 

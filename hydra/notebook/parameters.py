@@ -157,7 +157,7 @@ def _explain_trap(name: str, value: object, kinds: frozenset[type]) -> str:
         )
     if int in kinds and float not in kinds and is_number and not isinstance(value, int):
         return f"  (papermill's -p reads 1e3 and 5.0 as floats; write a whole number in digits: -p {name} 1000)"
-    if isinstance(value, str) and kinds & {int, float} and str not in kinds:
+    if isinstance(value, str) and kinds & {int, float} and str not in kinds and _is_number(value):
         return (
             f"  (it came as text, as papermill's -r passes it and as its API passes numpy values: "
             f"use -p {name} NUMBER, or int(...) or float(...))"
@@ -166,6 +166,14 @@ def _explain_trap(name: str, value: object, kinds: frozenset[type]) -> str:
         example = f"{{{name}: {'{key: value}' if dict in kinds else '[a, b]'}}}"
         return f"  (papermill's -p and -r pass lists and mappings as text: use -y '{example}')"
     return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _kinds(annotation: object) -> Iterator[type]:

@@ -2,7 +2,7 @@
 
 from hydra.optim.groups import ParameterGroups, group_parameters
 from hydra.optim.masters import MasterWeights
-from hydra.optim.optimizers import AdamW, OptimizerSpec, build_optimizers, set_learning_rate
+from hydra.optim.optimizers import AdamW, OptimizerSpec, build_optimizers, set_learning_rate, state_bytes
 from hydra.optim.schedules import build_schedule, cosine, warmup_stable_decay
 from hydra.optim.state import load_optimizer_tensors, optimizer_tensors
 
@@ -18,5 +18,6 @@ __all__ = [
     "load_optimizer_tensors",
     "optimizer_tensors",
     "set_learning_rate",
+    "state_bytes",
     "warmup_stable_decay",
 ]

@@ -81,6 +81,19 @@ def build_optimizers(named: Mapping[str, nn.Parameter], spec: OptimizerSpec, dty
     return optimizers
 
 
+def state_bytes(named: Mapping[str, nn.Parameter], spec: OptimizerSpec) -> int:
+    """What the optimizers keep for these parameters and write into a checkpoint, but for counters."""
+    hidden = group_parameters(named).hidden if spec.kind == "muon" else {}
+    n_bytes = sum(4 * parameter.numel() for parameter in hidden.values())
+    for name, parameter in named.items():
+        n = parameter.numel()
+        # torchao keeps a code for each number, a scale for 256, and what the 256 codes mean; small ones in float32.
+        has_codes = spec.adam_state == "8bit" and n >= 4096 and n % 256 == 0
+        if name not in hidden:
+            n_bytes += 2 * (n + 4 * (n // 256) + 4 * 256) if has_codes else 8 * n
+    return n_bytes
+
+
 def set_learning_rate(optimizer: Optimizer, share: float) -> None:
     """Set the rate of every group to `share` of its peak."""
     for group in optimizer.param_groups:

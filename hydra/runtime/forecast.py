@@ -41,14 +41,17 @@ class Forecast:
         return (self.n_checkpoints + 1) * self.checkpoint_bytes + self.n_logged_steps * BYTES_PER_LOGGED_STEP
 
 
-def measure_matrix_rate(n_rows: int, width: int, dtype: str, device: str) -> float:
-    """Floating-point operations per second of (n_rows, width) times (width, 4 width), by a GPU or all threads."""
+def measure_matrix_rate(n_rows: int, width: int, dtype: str, device: str, n_threads: int) -> float:
+    """Floating-point operations per second of (n_rows, width) times (width, 4 width), by a GPU or n_threads threads."""
     import time
 
     import torch
 
+    n_threads_before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
     x = torch.ones(n_rows, width, dtype=getattr(torch, dtype), device=device)
     weight = torch.ones(width, 4 * width, dtype=x.dtype, device=device)
+    x @ weight  # the first one loads the library
     best, end = float("inf"), time.perf_counter() + MEASURED_S
     while time.perf_counter() < end:
         began = time.perf_counter()
@@ -56,4 +59,5 @@ def measure_matrix_rate(n_rows: int, width: int, dtype: str, device: str) -> flo
         if device == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
+    torch.set_num_threads(n_threads_before)
     return 2 * n_rows * width * 4 * width / best

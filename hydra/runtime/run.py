@@ -123,7 +123,7 @@ class Run:
         happened = ": ".join(part for part in (status.cause, status.message) if part) or status.stage
         kind = RunCutOffError if status.status == "interrupted" else RunError
         raise kind(
-            f"run {self.name} must be done, but it is {status.status} at step {status.step} of {status.max_steps} "
+            f"run {self.name} is not done but {status.status}, at step {status.step} of {status.max_steps} "
             f"({happened}); {advice}"
         )
 
@@ -138,7 +138,10 @@ class Run:
         """
         checkpoints = list_checkpoints(self.directory)
         if not checkpoints:
-            raise CheckpointError(f"run {self.name} must have a checkpoint, but has none yet; wait for its first one")
+            raise CheckpointError(
+                f"run {self.name} must have a checkpoint, but has none ({self.status().status}); one is written every "
+                "checkpoint_every steps and at the end"
+            )
         checkpoint = load_checkpoint(checkpoints[-1], groups=("model",))
         spec = checkpoint.trainer_state["model_spec"]
         assert isinstance(spec, Mapping)

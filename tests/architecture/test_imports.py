@@ -130,6 +130,18 @@ def test_every_module_of_a_clean_clone_imports_without_gpu_and_triton(tmp_path: 
     )
 
 
+def test_a_folder_called_hydra_in_the_working_directory_is_not_the_package(tmp_path: Path) -> None:
+    """As beside a checkout of that name."""
+    (tmp_path / "hydra").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", "import scripts, hydra; print(hydra.__file__)"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.stdout.strip() == str(ROOT / "hydra" / "__init__.py"), done.stderr
+
+
 def test_hydra_core_in_the_way_is_said_plainly(tmp_path: Path) -> None:
     """Facebook's hydra-core brings a package of the same name."""
     (tmp_path / "hydra").mkdir()

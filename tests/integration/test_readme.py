@@ -1,5 +1,6 @@
 """What README shows can be done."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,23 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run_python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_lines_that_start_a_run(tmp_path: Path) -> None:
+    program = BLOCKS[0].replace("max_steps=200", f'max_steps=2, data_dir="{tmp_path}/data"')
+    said = run_python(program.replace("runs/from-python", f"{tmp_path}/from-python"))
+    assert re.search(r"MiB predicted.*; about \d+ s, [\d.]+ MB of disk", said)
+    assert "from-python is done at step 2 of 2" in said
+    assert "<div" not in said
+
+
 def test_the_lines_that_load_and_sample_a_model(
     make_run: Callable[..., Path], start_trainer: Callable[[Path], "subprocess.Popen[str]"], tmp_path: Path
 ) -> None:
@@ -17,19 +35,17 @@ def test_the_lines_that_load_and_sample_a_model(
     assert start_trainer(run_dir).wait(timeout=120) == 0
     moved = tmp_path / "elsewhere"
     run_dir.rename(moved)
-    lines = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(lines) == 2
-    assert len([line for line in lines[0].splitlines() if line]) == 5
-    program = lines[0].replace("runs/pretrain", str(moved))
-    command = [sys.executable, "-c", program]
-    outputs = [subprocess.run(command, capture_output=True, text=True, cwd=ROOT) for _ in range(2)]
-    assert outputs[0].returncode == 0, outputs[0].stderr
-    assert len(outputs[0].stdout) > 50
-    assert outputs[0].stdout == outputs[1].stdout
-    both = program + lines[1].replace("max_tokens=512", "max_tokens=64").replace("200", "20")
-    done = subprocess.run([sys.executable, "-c", both], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("[[")
+    assert len(BLOCKS) == 4
+    assert len([line for line in BLOCKS[1].splitlines() if line]) == 5
+    program = BLOCKS[1].replace("runs/pretrain", str(moved))
+    said = [run_python(program) for _ in range(2)]
+    assert len(said[0]) > 50
+    assert said[0] == said[1]
+    data_dir = json.loads((moved / "config.json").read_text())["data_dir"]
+    more = "".join(BLOCKS[2:]).replace("max_tokens=512", "max_tokens=64").replace("200", "20")
+    said_more = run_python(program + more.replace('Path("data")', f"Path({data_dir!r})"))
+    assert re.search(r"^\['.*'\]$|^\[\".*\"\]$", said_more, flags=re.MULTILINE)
+    assert re.search(r"[\d.]+ nats, [\d.]+ with 8 bits", said_more)
 
 
 def test_the_house_that_readme_describes_is_the_one_that_stands() -> None:

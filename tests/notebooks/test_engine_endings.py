@@ -155,7 +155,7 @@ def test_the_trainer_was_cut_off(workplace: Workplace, start_trainer_source: str
     workplace.write_notebook(start_trainer_source.replace("N_STEPS", "100_000"), stop)
     done = workplace.run()
     assert done.returncode == 75, done.stderr
-    assert "must be done, but it is interrupted" in done.stderr
+    assert "is not done but interrupted" in done.stderr
     assert "The run was cut off at step" in workplace.report()
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 from hydra.attention.core import KERNELS, choose_kernel, softmax_attention
 from hydra.attention.masks import causal_mask, to_additive
 from hydra.errors import ConfigError
-from hydra.kernels.blocked_attention import MAX_BLOCKS, QUERY_BLOCK
+from hydra.kernels.blocked_attention import MAX_BLOCKS, QUERY_BLOCK, blocked_attention
 from hydra.kernels.linear_cross_entropy import IGNORE_INDEX, MAX_LOGITS, chunk_length, linear_cross_entropy
 from hydra.kernels.reference import linear_cross_entropy as reference
+from hydra.kernels.reference.blocked_attention import blocked_attention as blocked_attention_reference
 from hydra.testing.poison import nan_poisoned_memory  # noqa: F401
 from hydra.testing.specs import document_ids, random_activations
 from hydra.testing.tolerances import assert_close
@@ -20,12 +21,9 @@ LONG = QUERY_BLOCK * MAX_BLOCKS + 3
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def slow_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_TS: Tensor) -> Tensor:
-    """The formula in float64, keys and values repeated for their group of queries."""
-    group = q_BNTH.shape[1] // k_BKSH.shape[1]
-    k_BNSH, v_BNSH = (x.double().repeat_interleave(group, dim=1) for x in (k_BKSH, v_BKSH))
-    scores = q_BNTH.double() @ k_BNSH.transpose(2, 3) / q_BNTH.shape[3] ** 0.5
-    return (scores + mask_TS).softmax(-1) @ v_BNSH
+def slow_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor) -> Tensor:
+    q_BKGTH = q_BNTH.unflatten(1, (k_BKSH.shape[1], -1))
+    return blocked_attention_reference(q_BKGTH, k_BKSH, v_BKSH, mask_B1TS).flatten(1, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,16 +49,16 @@ def test_attention_kernels(
     q = random_activations(2, 4, n_queries, 6, dtype=dtype)
     k, v = (random_activations(2, n_kv_heads, n_keys, 6, dtype=dtype, seed=seed) for seed in (1, 2))
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-    is_visible_TS, mask = causal_mask(n_queries, n_keys, torch.device("cpu")), None
-    if documents:
-        ids_BS = document_ids(n_keys - n_keys // 3, n_keys // 3)
-        is_visible_TS = is_visible_TS & (ids_BS[:, -n_queries:, None] == ids_BS[:, None, :])[0]
-        mask = to_additive(is_visible_TS, dtype).expand(2, 1, -1, -1)
+    is_visible_BTS, mask = causal_mask(n_queries, n_keys, torch.device("cpu"))[None], None
+    if documents:  # another one for each row
+        ids_BS = torch.cat([document_ids(n_keys - n_keys // n, n_keys // n) for n in (3, 2)])
+        is_visible_BTS = is_visible_BTS & (ids_BS[:, -n_queries:, None] == ids_BS[:, None, :])
+        mask = to_additive(is_visible_BTS, dtype)[:, None]
     weight = random_activations(2, 4, n_queries, 6, dtype=dtype, seed=3)
 
     out = softmax_attention(*inputs, mask, kernel)
     grads = torch.autograd.grad((out * weight).sum(), inputs)
-    expected = slow_attention(*inputs, to_additive(is_visible_TS, torch.float64))
+    expected = slow_attention(*inputs, to_additive(is_visible_BTS, torch.float64)[:, None])
     expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
 
     assert out.dtype == dtype
@@ -84,6 +82,38 @@ def test_a_row_that_sees_nothing_gives_zeros_and_no_gradient(kernel: str) -> Non
     grads = torch.autograd.grad(out.square().sum(), inputs)
     assert all(grad.isfinite().all() for grad in grads)
     assert grads[0][:, :, 2].abs().max() == 0
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocked_attention_of_rows_that_see_nothing(dtype: torch.dtype, is_compiled: bool) -> None:
+    """Three blocks of queries, the second of which sees nothing in one row, and two query heads for each key head."""
+    torch.compiler.reset()
+    length = 2 * QUERY_BLOCK + 5
+    q = random_activations(2, 3, 2, length, 8, dtype=dtype)
+    k, v = (random_activations(2, 3, length, 8, dtype=dtype, seed=seed) for seed in (1, 2))
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    is_visible_BTS = torch.ones(2, length, length, dtype=torch.bool).tril()
+    is_visible_BTS[1, QUERY_BLOCK : 2 * QUERY_BLOCK] = False
+    mask_B1TS = to_additive(is_visible_BTS, dtype)[:, None]
+    weight = random_activations(2, 3, 2, length, 8, dtype=dtype, seed=3)
+
+    fast = torch.compile(blocked_attention, fullgraph=True, dynamic=False) if is_compiled else blocked_attention
+    out, expected = fast(*inputs, mask_B1TS), blocked_attention_reference(*inputs, mask_B1TS)
+    grads, expected_grads = (torch.autograd.grad((o * weight).sum(), inputs) for o in (out, expected))
+    assert (out[1, :, :, QUERY_BLOCK : 2 * QUERY_BLOCK] == 0).all()
+    assert_close(out, expected, dtype, "outputs")
+    for name, grad, expected_grad in zip("qkv", grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, dtype, name)
+
+
+def test_blocked_attention_refuses_a_second_derivative() -> None:
+    inputs = [random_activations(1, 1, 1, 3, 4).requires_grad_()]
+    inputs += [random_activations(1, 1, 3, 4, seed=seed).requires_grad_() for seed in (1, 2)]
+    out = blocked_attention(*inputs, torch.zeros(1, 1, 3, 3, dtype=torch.float64))
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_an_unknown_kernel_is_named() -> None:

@@ -377,6 +377,8 @@ struct FixedPoint {
     }
 };
 
+constexpr int64_t kMostFixedInputs = 65536;  // products of 255 and 128 that fit into 32 bits
+
 // out[r][b] = (w[r] - 128) . x[b] as whole numbers, for weights stored with 128 added.
 template <int R, int C>
 inline void dot_rows(const uint8_t* w, const FixedPoint& x, int64_t b, int64_t n_in, float out[R][C]) {
@@ -483,7 +485,7 @@ void multiply(const View& x, const std::vector<View>& matrices, void* out) {
     Product<X> common{};
     common.x = static_cast<const X*>(x.data);
     common.n_in = matrices[0].sizes[1];
-    common.n_rows = common.n_in == 0 ? 0 : x.numel() / common.n_in;
+    common.n_rows = x.numel() / common.n_in;
     thread_local FixedPoint x_fixed;
     if (is_fixed) {
         x_fixed.assign(common.x, common.n_rows, common.n_in);
@@ -526,15 +528,15 @@ AtenTensorHandle linear(AtenTensorHandle x_handle, const AtenTensorHandle* handl
     int64_t n_out = 0;
     for (int64_t m = 0; m < n_handles; m += is_fixed ? 2 : 1) {
         const View& weight = matrices[m];
-        check(weight.n_dims == 2 && x.n_dims > 0 && x.sizes[x.n_dims - 1] == weight.sizes[1],
-              "the last size of x must be that of weight");
+        check(weight.n_dims == 2 && x.n_dims > 0 && x.sizes[x.n_dims - 1] == weight.sizes[1] && weight.sizes[1] > 0,
+              "the last size of x must be that of weight, and not 0");
+        check(!is_fixed || weight.sizes[1] <= kMostFixedInputs, "uint8 weights must have at most 65536 inputs");
         check(weight.dtype == (is_fixed ? kUint8 : x.dtype), "weights must all have the dtype of x, or be uint8 with scales");
         check(!is_fixed || (matrices[m + 1].dtype == kFloat32 && matrices[m + 1].numel() == weight.sizes[0]),
               "scales must be float32, one for each output");
         n_out += weight.sizes[0];
     }
-    const int64_t n_in = matrices[0].sizes[1];
-    const auto [out, data] = empty({n_in == 0 ? 0 : x.numel() / n_in * n_out}, x.dtype);
+    const auto [out, data] = empty({x.numel() / matrices[0].sizes[1] * n_out}, x.dtype);
     if (x.dtype == kBFloat16) multiply<bf16>(x, matrices, data);
     else multiply<float>(x, matrices, data);
     return out;
@@ -578,7 +580,7 @@ struct Attention {
             }
             for (; h < width; ++h) sums[h] += weights[s] * to_float(v_SH[s * width + h]);
         }
-        for (int64_t h = 0; h < width; ++h) out[index * width + h] = from_float<X>(total > 0 ? sums[h] / total : 0.f);
+        for (int64_t h = 0; h < width; ++h) out[index * width + h] = from_float<X>(n_keys > 0 ? sums[h] / total : 0.f);
     }
 };
 
@@ -602,7 +604,7 @@ AtenTensorHandle attention(
     check(q.n_dims == 4 && k.n_dims == 4 && v.n_dims == 4 && mask.n_dims == 4, "q, k, v and mask must have 4 dimensions");
     check(q.sizes[2] == 1 && mask.sizes[1] == 1 && mask.sizes[2] == 1, "there must be one query token");
     check(std::equal(k.sizes, k.sizes + 4, v.sizes) && k.sizes[0] == q.sizes[0] && k.sizes[3] == q.sizes[3] &&
-              q.sizes[1] % k.sizes[1] == 0 && mask.sizes[3] == k.sizes[2] && (mask.sizes[0] == 1 || mask.sizes[0] == q.sizes[0]),
+              k.sizes[1] > 0 && q.sizes[1] % k.sizes[1] == 0 && mask.sizes[3] == k.sizes[2] && (mask.sizes[0] == 1 || mask.sizes[0] == q.sizes[0]),
           "the shapes of q, k, v and mask must fit together");
     check(k.dtype == q.dtype && v.dtype == q.dtype && mask.dtype == q.dtype, "q, k, v and mask must have one dtype");
     const auto [out, data] = empty({q.sizes, q.sizes + 4}, q.dtype);

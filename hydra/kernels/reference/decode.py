@@ -22,5 +22,6 @@ def single_query_attention(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_
     k_BNSH = k_BKSH.float().masked_fill(is_hidden_B1S1, 0).repeat_interleave(group, dim=1)
     v_BNSH = v_BKSH.float().masked_fill(is_hidden_B1S1, 0).repeat_interleave(group, dim=1)
     scores_BN1S = q_BN1H.float() @ k_BNSH.transpose(2, 3) * q_BN1H.shape[-1] ** -0.5 + mask_B11S.float()
-    weights_BN1S = scores_BN1S.softmax(dim=-1).nan_to_num(0.0)
+    sees_nothing_B111 = (mask_B11S == -torch.inf).all(dim=-1, keepdim=True)
+    weights_BN1S = scores_BN1S.softmax(dim=-1).masked_fill(sees_nothing_B111, 0.0)
     return (weights_BN1S @ v_BNSH).to(q_BN1H.dtype)

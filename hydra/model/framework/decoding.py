@@ -58,8 +58,9 @@ class PackedLinear(nn.Module):
             return native_linear(x_BTI.contiguous(), self.weight_OI, self.scales_O)
         if self.scales_O is None:
             return F.linear(x_BTI, self.weight_OI)
-        # Whole numbers up to 127 are exact in any dtype, and their scales are cheaper to apply to a prompt's outputs.
-        return (F.linear(x_BTI, self.weight_OI.to(self.dtype) - ZERO_POINT) * self.scales_O).to(self.dtype)
+        # 255 levels from -1 to 1 are exact in any dtype, and their scales are cheaper to apply to a prompt's outputs.
+        levels_OI = (self.weight_OI.to(self.dtype) - ZERO_POINT) / ZERO_POINT
+        return (F.linear(x_BTI, levels_OI) * (self.scales_O * ZERO_POINT)).to(self.dtype)
 
 
 class Decoder:

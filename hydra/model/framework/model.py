@@ -68,6 +68,8 @@ class HydraModel(nn.Module):
         """
         # Each shape of each model that a process builds is a form of the same code; torch expects fewer.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # torch keeps compiled code with autograd functions in it only when told so; their bodies are part of the key.
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         # Read when a block is compiled, and part of the key under which its compiled form is kept. It is the process's:
         # set in either case, since a model before this one may have left its own.
         is_selective = self.execution.activation_checkpointing == "selective"

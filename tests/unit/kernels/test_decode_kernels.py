@@ -111,6 +111,17 @@ def test_attention(n_heads: int, n_kv_heads: int, width: int, dtype: torch.dtype
     assert torch.equal(shared, out_BN1H[2:])
 
 
+def test_a_nan_that_is_seen_stays_one() -> None:
+    mask = torch.zeros(1, 1, 1, 5)
+    for place in range(3):
+        tensors = [torch.ones(1, 2, 1, 8), torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8)]
+        tensors[place][0, 1, 0, 3] = torch.nan
+        for attend in (native_single_query_attention, reference.single_query_attention):
+            is_nan = attend(*tensors, mask).isnan()[0, :, 0]
+            assert not is_nan[0].any()
+            assert is_nan[1].any()
+
+
 def test_a_row_that_sees_nothing_gives_zeros() -> None:
     q, kv = torch.ones(1, 2, 1, 8), torch.full((1, 2, 5, 8), torch.nan)
     assert (native_single_query_attention(q, kv, kv, torch.full((1, 1, 1, 5), -torch.inf)) == 0).all()

@@ -185,10 +185,10 @@ def test_a_failed_run_tells_it_first(make_run: Callable[..., Run], done_status: 
     make_run(
         replace(done_status, status="failed", step=20, cause="not finite", message="loss must be finite at step 21")
     )
-    soup = render(notebook(), plan, failure="RunError: run job must be done")
+    soup = render(notebook(), plan, failure="RunError: run job is not done")
     assert soup.header.find(["section", "p"])["class"] == ["failure"]
     told = soup.find(class_="failure").get_text()
-    assert "RunError: run job must be done" in told
+    assert "RunError: run job is not done" in told
     assert "The run failed at step 20 of 50 (not finite: loss must be finite at step 21)." in told
     assert "first line" in told
     assert soup.find(class_="answer").get_text().startswith("No final answer; at step 50 of 50: 1.462 bits per byte")

@@ -20,6 +20,7 @@ from hydra.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
     set_learning_rate,
+    state_bytes,
     warmup_stable_decay,
 )
 from hydra.optim.muon import Muon, orthogonalise
@@ -279,6 +280,23 @@ def test_adamw_with_8_bit_state_follows_adamw_and_goes_round() -> None:
     assert all(torch.equal(parameter, again[0][name]) for name, parameter in ours[0].items())
     with pytest.raises(CheckpointError, match="must be whole"):
         load_optimizer_tensors(*again, {k: t for k, t in tensors.items() if k != "embedding.weight/exp_avg/scale"})
+
+
+@pytest.mark.parametrize("adam_state", ["float32", "8bit"])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_their_state_takes_is_known_before_a_step(kind: str, adam_state: str) -> None:
+    model = nn.Module()
+    model.embedding = nn.Embedding(640, 128)
+    model.blocks = nn.ModuleList([nn.Linear(96, 128), nn.Linear(12, 8)])
+    named = dict(model.named_parameters())
+    optimizers = build_optimizers(named, spec(kind, adam_state), torch.float32)
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    tensors = optimizer_tensors(named, optimizers)
+    n_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith("/step"))
+    assert state_bytes(named, spec(kind, adam_state)) == n_bytes
 
 
 def test_masters_keep_what_bfloat16_would_lose() -> None:

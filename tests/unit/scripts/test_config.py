@@ -1,7 +1,7 @@
 """One config: what is unknown, mistyped or impossible is named before anything starts."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,8 @@ from scripts.config import TrainingConfig, refuse_changed_config
         ({"corpus": []}, ["corpus"]),
         ({"threads": 10**6}, ["threads"]),
         ({"a=1; import os": 2}, ["a=1; import os"]),
-        ({"preset_name": "tiny"}, ["preset_name", "did you mean preset?"]),
+        ({"preset_name": "tiny", "max_steps": 0}, ["preset_name", "did you mean preset?", "max_steps"]),
+        ({"name": "x", "self": 1}, ["name: there is no such parameter", "self: there is no such parameter"]),
     ],
 )
 def test_bad_parameters_are_named(parameters: dict[str, object], words: list[str]) -> None:
@@ -43,6 +44,15 @@ def test_bad_parameters_are_named(parameters: dict[str, object], words: list[str
         TrainingConfig.from_parameters(parameters)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_the_constructor_and_replace_tell_the_same() -> None:
+    with pytest.raises(ConfigError, match="d_modl: there is no such parameter; did you mean d_model"):
+        TrainingConfig(d_modl=3)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"TrainingConfig.preset\(name"):
+        TrainingConfig(preset="tiny")  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match="micro_batch_size must divide batch_size=1, or be 0"):
+        replace(TrainingConfig.preset("tiny"), batch_size=1)
 
 
 def test_all_problems_are_told_at_once() -> None:
