@@ -136,7 +136,8 @@ def plan_section(forecast: "Forecast") -> Section:
             "micro-batches": cut,
             "tokens": tokens,
             "time, an estimate": f"{time}: {forecast.share_of_rate:.0%} of the {forecast.flops_per_s / 1e9:,.0f} "
-            "GFLOP/s that a matrix product reached here just now; evaluation and compilation come on top",
+            f"GFLOP/s that a matrix product reached here just now, and {1000 * forecast.overhead_s_per_step:.0f} ms a "
+            "step to call everything; evaluation, checkpoints and compilation come on top",
             "disk": disk,
         }
     )

@@ -21,6 +21,8 @@ class Forecast:
     """Of this machine, at the model's width and in its dtype."""
     share_of_rate: float
     """Of that rate, which training reaches."""
+    overhead_s_per_step: float
+    """To call everything: what a step takes however small its matrices are."""
     checkpoint_bytes: int
     n_checkpoints: int
     n_logged_steps: int
@@ -33,7 +35,8 @@ class Forecast:
     @property
     def seconds(self) -> float:
         """An estimate of the time that the steps take."""
-        return self.n_tokens * self.flops_per_token / (self.flops_per_s * self.share_of_rate)
+        in_products = self.n_tokens * self.flops_per_token / (self.flops_per_s * self.share_of_rate)
+        return in_products + self.n_steps * self.overhead_s_per_step
 
     @property
     def disk_bytes(self) -> int:

@@ -40,17 +40,18 @@ def test_plan_section() -> None:
         flops_per_token=6e7,
         flops_per_s=2e11,
         share_of_rate=0.5,
+        overhead_s_per_step=0.25,
         checkpoint_bytes=120_000_000,
         n_checkpoints=2,
         n_logged_steps=100,
     )
-    assert forecast.seconds == 1000 * 2048 * 6e7 / 1e11
+    assert forecast.seconds == 1000 * 2048 * 6e7 / 1e11 + 1000 * 0.25
     assert forecast.disk_bytes == 360_000_000 + 100 * BYTES_PER_LOGGED_STEP
     section = plan_section(forecast)
     text = BeautifulSoup(section.to_html(), "html.parser").get_text(" ")
     for said in ("1,000 of 2,000 MiB (/sys/fs/cgroup/job)", "4 x 2 rows", "selective", "2,048,000 in 1,000 steps"):
         assert said in section.text and said in text, said
-    for said in ("an estimate", "20 min 29 s", "50% of the 200 GFLOP/s", "360 MB", "activations", "300 MiB"):
+    for said in ("an estimate", "24 min 39 s", "50% of the 200 GFLOP/s", "360 MB", "activations", "300 MiB"):
         assert said in text, said
     assert "8 rows, checkpointing none" in text and "4,000 MiB" in text
 
