@@ -35,5 +35,5 @@ peers: .venv-peers/installed
 lock: .venv/installed
 	@$(BIN)/pip install --quiet uv
 	@echo "torch==2.13.0; python_version < '3.0'" > .venv/without-torch.txt
-	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+	@$(BIN)/uv pip compile pyproject.toml --extra notebooks --extra dev --universal --python-version 3.11 --generate-hashes \
 	    --custom-compile-command "make lock" --override .venv/without-torch.txt --output-file requirements.lock
