@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from hydra.attention import check_options
+from hydra.attention import plan_layers
 from hydra.data import DataSpec
 from hydra.errors import ConfigError, RunError
 from hydra.runtime.paths import CONFIG, next_free, workspace_root
@@ -74,9 +74,10 @@ class TrainingConfig:
     n_heads: PositiveInt = 4
     """Attention heads; the head width is d_model / n_heads."""
     attention: str = "ccgqa"
-    """Attention backend of every block; `hydra.attention.available_backends()` lists them."""
+    """Attention of the blocks: a backend (`hydra.attention.available_backends()` lists them), or a plan of several that
+    is repeated to the last block, such as `3*ccgqa, gqa` or `3*gqa(window=256), gqa`."""
     attention_options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the backend by name, checked against the backend's own spec; left out, its defaults."""
+    """Options by name, for every layer whose backend has them; those in a plan's brackets come first."""
     feed_forward: Literal["swiglu", "squared_relu"] = "squared_relu"
     """Feed-forward layer: SwiGLU (three matrices) or squared ReLU (two)."""
     d_feed_forward: PositiveInt = 1024
@@ -140,9 +141,10 @@ class TrainingConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Numbers of matrix products and activations; weights are kept in float32 beside them. `auto` takes bfloat16 where
     the machine multiplies it fast. Chosen once, then kept by the run."""
-    attention_kernel: Literal["auto", "blocked", "scaled_dot_product"] = "auto"
-    """How softmax attention is computed: torch's own choice, or matrix products over blocks of queries. `auto` takes
-    what is faster on the device. Chosen once, then kept by the run."""
+    attention_kernel: Literal["auto", "blocked", "flash", "flex", "scaled_dot_product"] = "auto"
+    """How softmax attention is computed: by torch's own choice, by matrix products over blocks of queries (`blocked`),
+    by flash-attn (`flash`) or by torch's FlexAttention (`flex`), these two on a GPU only. `auto` takes what is faster
+    on the device. Chosen once, then kept by the run."""
     compile_from_step: Annotated[int, Field(ge=0)] | None = 1
     """Finished steps after which blocks run as compiled code (the compiler is waited for); None: never."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
@@ -182,7 +184,13 @@ class TrainingConfig:
             self.warmup_steps,
         )
         try:
-            check_options(self.attention, d_model=self.d_model, n_heads=self.n_heads, options=self.attention_options)
+            plan_layers(
+                self.attention,
+                d_model=self.d_model,
+                n_heads=self.n_heads,
+                n_layers=self.n_layers,
+                options=self.attention_options,
+            )
         except ConfigError as error:
             raise PydanticCustomError(
                 "attention", "{problem}", {"problem": f"attention, attention_options: {error}"}
@@ -300,9 +308,12 @@ class TrainingConfig:
         """What is asked for of what a run chooses once; `auto` is resolved on the machine that begins it."""
 
         def choose_attention_kernel(device: str) -> tuple[str, str]:
-            from hydra.attention.core import choose_kernel
+            from hydra.attention.core import check_kernel, choose_kernel
 
-            return choose_kernel(device, self.context_length)
+            if self.attention_kernel == "auto":
+                return choose_kernel(device, self.context_length)
+            check_kernel(self.attention_kernel, device)
+            return self.attention_kernel, "asked for"
 
         return {
             "device": self.device,

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hydra.attention.core import check_kernel
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
 from hydra.errors import ConfigError, HydraError, MemoryLimitError, NotFiniteError
 from hydra.model.framework import Execution, HydraModel, build_model
@@ -307,6 +308,9 @@ class Trainer:
             ),
             choices,
         )
+        for block in self.model.typed_blocks():
+            dtype = block.attention_norm.weight.dtype
+            check_kernel(choices.attention_kernel, choices.device, dtype, block.attention.score_width)
         self.ledger.update(n_parameters=self.model.n_parameters())
 
         checkpoints = list_checkpoints(self.run_dir)

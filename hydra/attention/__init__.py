@@ -6,12 +6,13 @@ Importing this package does not import torch, so that options can be checked bef
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hydra.attention.plan import PlannedLayer, plan_layers
 from hydra.attention.registry import available_backends, load_layer_class, load_spec_class
 
 if TYPE_CHECKING:
     from hydra.attention.base import AttentionBackend
 
-__all__ = ["available_backends", "build_attention", "check_options"]
+__all__ = ["PlannedLayer", "available_backends", "build_attention", "check_options", "plan_layers"]
 
 
 def check_options(name: str, d_model: int, n_heads: int, options: Mapping[str, Any]) -> None:

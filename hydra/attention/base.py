@@ -13,36 +13,22 @@ from torch import Tensor, nn
 from hydra.attention.masks import AttentionContext, TokenHistory, build_context
 from hydra.attention.spec import AttentionSpec
 
-__all__ = ["AttentionBackend", "AttentionCache", "AttentionSpec"]
+__all__ = ["AttentionBackend", "AttentionCache", "AttentionSpec", "KeyValueCache"]
 
 
 @dataclasses.dataclass
 class AttentionCache:
-    """Keys and values of the tokens so far, in memory taken once. Backends with more state add fields.
+    """What a layer keeps of the tokens so far, in memory taken once. Backends add their tensors as fields.
 
     The history counts the tokens; it is extended by whoever builds the AttentionContext, once per forward pass. Every
     tensor has the rows of the batch first, and is written in place.
     """
 
     history: TokenHistory
-    k_BKSH: Tensor
-    v_BKSH: Tensor
 
-    def append(self, k_BKTH: Tensor, v_BKTH: Tensor, n_past: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values of new tokens behind the first n_past, return those of all tokens so far.
-
-        With n_past (B,), of one new token in each row, shapes are static: returned is the whole memory, and it is the
-        mask of the context that says what of it is tokens.
-        """
-        if isinstance(n_past, Tensor):
-            rows_B = torch.arange(n_past.shape[0], device=n_past.device)
-            self.k_BKSH[rows_B, :, n_past] = k_BKTH[:, :, 0]
-            self.v_BKSH[rows_B, :, n_past] = v_BKTH[:, :, 0]
-            return self.k_BKSH, self.v_BKSH
-        stop = n_past + k_BKTH.shape[2]
-        self.k_BKSH[:, :, n_past:stop] = k_BKTH
-        self.v_BKSH[:, :, n_past:stop] = v_BKTH
-        return self.k_BKSH[:, :, :stop], self.v_BKSH[:, :, :stop]
+    def token_tensors(self) -> list[Tensor]:
+        """Tensors with a place for each token."""
+        return []
 
     def state_tensors(self) -> list[Tensor]:
         """Tensors whose size does not depend on the number of tokens."""
@@ -63,10 +49,42 @@ class AttentionCache:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
+@dataclasses.dataclass
+class KeyValueCache(AttentionCache):
+    """Keys and values of the tokens so far."""
+
+    k_BKSH: Tensor
+    v_BKSH: Tensor
+
+    def append(self, k_BKTH: Tensor, v_BKTH: Tensor, n_past: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values of new tokens behind the first n_past, return those of all tokens so far."""
+        k_BKSH = write_tokens(self.k_BKSH, k_BKTH, n_past, token_axis=2)
+        return k_BKSH, write_tokens(self.v_BKSH, v_BKTH, n_past, token_axis=2)
+
+    def token_tensors(self) -> list[Tensor]:
+        """Tensors with a place for each token."""
+        return [self.k_BKSH, self.v_BKSH]
+
+
+def write_tokens(memory: Tensor, new: Tensor, n_past: int | Tensor, *, token_axis: int) -> Tensor:
+    """Write what belongs to new tokens behind the first n_past of a cache's tensor, return the part of all so far.
+
+    With n_past (B,), of one new token in each row, shapes are static: returned is the whole memory, and it is the mask
+    of the context that says what of it is tokens.
+    """
+    if isinstance(n_past, Tensor):
+        rows_B = torch.arange(n_past.shape[0], device=n_past.device)
+        memory.movedim(token_axis, 1)[rows_B, n_past] = new.squeeze(token_axis)
+        return memory
+    stop = n_past + new.shape[token_axis]
+    memory.narrow(token_axis, n_past, stop - n_past).copy_(new)
+    return memory.narrow(token_axis, 0, stop)
+
+
 class AttentionBackend(nn.Module, ABC):
     """One attention layer, causal, from (B, T, D) to (B, T, D).
 
-    A subclass takes its spec, and defines attend, new_cache and the three counts.
+    A subclass takes its spec, and defines prepare, attend, new_cache and the three counts.
     """
 
     def __init__(self, spec: AttentionSpec) -> None:
@@ -86,7 +104,8 @@ class AttentionBackend(nn.Module, ABC):
 
         Args:
             x_BTD: activations, normalised, any floating dtype.
-            context: made once for all layers by a model (then positions and documents are in it); otherwise made here.
+            context: prepared by a model outside of compiled code (then positions and documents are in it); otherwise
+                made here.
             positions_BT: integer positions, default counts on from the cache.
             document_ids_BT: integers; tokens of one document stand together, and see that document only.
             cache: from new_cache; the tokens go on where it ends, and are added to it. For inference: a backward pass
@@ -98,14 +117,15 @@ class AttentionBackend(nn.Module, ABC):
         """
         if context is None:
             history = None if cache is None else cache.history
-            context = build_context(x_BTD, positions_BT, document_ids_BT, history)
+            context = self.prepare(build_context(x_BTD, positions_BT, document_ids_BT, history))
         else:
             assert positions_BT is None, "positions belong into the context"
             assert document_ids_BT is None, "documents belong into the context"
         return self.attend(x_BTD, context, cache)
 
-    def prepare(self, context: AttentionContext) -> None:
-        """Work out in the context what layers like this one share. A model calls it outside of compiled code."""
+    @abstractmethod
+    def prepare(self, context: AttentionContext) -> AttentionContext:
+        """The context of layers like this one: `context.specialise` with what this layer needs to know."""
 
     @abstractmethod
     def attend(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
@@ -136,6 +156,11 @@ class AttentionBackend(nn.Module, ABC):
         Projections, convolutions and causal score pairs n(n+1)/2; no element-wise work, softmax or biases.
         """
 
+    @property
+    def score_width(self) -> int:
+        """Channels of a query that a score is the product of; 0 without softmax attention. Kernels have limits."""
+        return self.spec.head_width
+
     def empty_kv(self, batch_size: int, n_kv_heads: int, max_tokens: int) -> tuple[Tensor, Tensor]:
         """Memory for keys and values (B, K, S, H), not initialised: only what was written is ever read."""
         parameter = next(self.parameters())
@@ -143,6 +168,7 @@ class AttentionBackend(nn.Module, ABC):
         return parameter.new_empty(shape), parameter.new_empty(shape)
 
 
-def count_causal_pairs(n_tokens: int) -> int:
-    """Pairs of a query and a key it may see, in one sequence: n(n+1)/2."""
-    return n_tokens * (n_tokens + 1) // 2
+def count_visible_pairs(n_tokens: int, window: int = 0) -> int:
+    """Pairs of a query and a key it may see, in one sequence: n(n+1)/2, less what lies before a window (0: none)."""
+    n_hidden = max(0, n_tokens - window) if window else 0
+    return (n_tokens * (n_tokens + 1) - n_hidden * (n_hidden + 1)) // 2

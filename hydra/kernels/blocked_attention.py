@@ -3,8 +3,8 @@
 The scores of a block reach to its last query only. The weights are kept for the backward pass, which then needs
 neither scores nor exponentials, and no mask (Dao et al., FlashAttention, arXiv 2205.14135, B.2, without its tiling).
 
-B batch, T queries, S keys, K key/value heads, G query heads of each, H head width; X = B K, Q queries of a block,
-P = G Q, E either of H and S.
+B batch, T queries, S keys, K key/value heads, G query heads of each, H head width, E width of value heads; X = B K,
+Q queries of a block, P = G Q, C any of H, E and S.
 """
 
 from collections.abc import Iterator
@@ -21,23 +21,27 @@ MAX_BLOCKS = 8
 """Longer sequences get larger blocks instead: each is code of its own to a compiler."""
 
 
-def blocked_attention(q_BKGTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(H) + mask) v; products in the dtype of q, the rest in float32 (float64 for float64 input).
+def blocked_attention(
+    q_BKGTH: Tensor, k_BKSH: Tensor, v_BKSE: Tensor, mask_B1TS: Tensor, scale: float | None = None
+) -> Tensor:
+    """softmax(scale q k^T + mask) v; products in the dtype of q, the rest in float32 (float64 for float64 input).
 
     Args:
-        q_BKGTH, k_BKSH, v_BKSH: in one dtype; the T queries belong to the last T of the S keys.
+        q_BKGTH, k_BKSH, v_BKSE: in one dtype; the T queries belong to the last T of the S keys. Values may have
+            another width E.
         mask_B1TS: 0 or -inf, causal; its batch may be 1. A row that sees nothing gives zeros.
+        scale: default 1 / sqrt(H).
     Returns:
-        out_BKGTH in the dtype of q. It can be differentiated once.
+        out_BKGTE in the dtype of q. It can be differentiated once.
     """
     assert q_BKGTH.shape[3] <= k_BKSH.shape[2], (q_BKGTH.shape, k_BKSH.shape)
-    q_BKGTH = q_BKGTH * q_BKGTH.shape[-1] ** -0.5
-    return _BlockedAttention.apply(q_BKGTH, k_BKSH.flatten(0, 1), v_BKSH.flatten(0, 1), mask_B1TS)
+    q_BKGTH = q_BKGTH * (q_BKGTH.shape[-1] ** -0.5 if scale is None else scale)
+    return _BlockedAttention.apply(q_BKGTH, k_BKSH.flatten(0, 1), v_BKSE.flatten(0, 1), mask_B1TS)
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BKGTH: Tensor, k_XSH: Tensor, v_XSH: Tensor, mask_B1TS: Tensor) -> Tensor:
+    def forward(ctx: Any, q_BKGTH: Tensor, k_XSH: Tensor, v_XSE: Tensor, mask_B1TS: Tensor) -> Tensor:
         compute_dtype = torch.promote_types(q_BKGTH.dtype, torch.float32)
         blocks, weights, sums = [], [], []
         for start, stop, n_visible in _query_blocks(q_BKGTH.shape[3], k_XSH.shape[1]):
@@ -51,28 +55,28 @@ class _BlockedAttention(torch.autograd.Function):
             # The largest weight of a row that sees something is 1. Their sum divides the H columns of the result, and
             # not the S of the weights.
             sums_BKGQ1 = weights_BKGQS.to(compute_dtype).sum(-1, keepdim=True).clamp(min=1.0)
-            out_XPH = torch.bmm(_as_rows(weights_BKGQS), _first_rows(v_XSH, n_visible))
-            out_BKGQH = out_XPH.view(*q_BKGTH.shape[:3], stop - start, -1).to(compute_dtype) / sums_BKGQ1
-            blocks.append(out_BKGQH.to(q_BKGTH.dtype))
+            out_XPE = torch.bmm(_as_rows(weights_BKGQS), _first_rows(v_XSE, n_visible))
+            out_BKGQE = out_XPE.view(*q_BKGTH.shape[:3], stop - start, -1).to(compute_dtype) / sums_BKGQ1
+            blocks.append(out_BKGQE.to(q_BKGTH.dtype))
             if any(ctx.needs_input_grad):
                 weights.append(weights_BKGQS)
                 sums.append(sums_BKGQ1)
-        ctx.save_for_backward(q_BKGTH, k_XSH, v_XSH, *weights, *sums)
+        ctx.save_for_backward(q_BKGTH, k_XSH, v_XSE, *weights, *sums)
         return torch.cat(blocks, dim=3)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BKGTH: Tensor) -> tuple[Tensor | None, ...]:
-        q_BKGTH, k_XSH, v_XSH, *kept = ctx.saved_tensors
+    def backward(ctx: Any, grad_BKGTE: Tensor) -> tuple[Tensor | None, ...]:
+        q_BKGTH, k_XSH, v_XSE, *kept = ctx.saved_tensors
         weights, sums = kept[: len(kept) // 2], kept[len(kept) // 2 :]
         grads_q, grads_k, grads_v = [], [], []
         blocks = _query_blocks(q_BKGTH.shape[3], k_XSH.shape[1])
         for (start, stop, n_visible), weights_BKGQS, sums_BKGQ1 in zip(blocks, weights, sums, strict=True):
             weights_XPS = _as_rows(weights_BKGQS)
             # Of the weighted values before they are divided.
-            grad_XPH = _as_rows((grad_BKGTH[:, :, :, start:stop] / sums_BKGQ1).to(q_BKGTH.dtype))
-            grads_v.append(torch.bmm(weights_XPS.transpose(1, 2), grad_XPH))
-            grad_weights_XPS = torch.bmm(grad_XPH, _first_rows(v_XSH, n_visible).transpose(1, 2))
+            grad_XPE = _as_rows((grad_BKGTE[:, :, :, start:stop] / sums_BKGQ1).to(q_BKGTH.dtype))
+            grads_v.append(torch.bmm(weights_XPS.transpose(1, 2), grad_XPE))
+            grad_weights_XPS = torch.bmm(grad_XPE, _first_rows(v_XSE, n_visible).transpose(1, 2))
             # What a weight takes from the others through the sum.
             parts_BKGQS = grad_weights_XPS.view_as(weights_BKGQS) * weights_BKGQS.to(sums_BKGQ1.dtype)
             share_BKGQ1 = parts_BKGQS.sum(-1, keepdim=True) / sums_BKGQ1
@@ -80,8 +84,8 @@ class _BlockedAttention(torch.autograd.Function):
             grad_q_XPH = torch.bmm(grad_scores_XPS, _first_rows(k_XSH, n_visible))
             grads_q.append(grad_q_XPH.view(*q_BKGTH.shape[:3], stop - start, -1))
             grads_k.append(torch.bmm(grad_scores_XPS.transpose(1, 2), _as_rows(q_BKGTH[:, :, :, start:stop])))
-        grad_k_XSH, grad_v_XSH = (_add_first_rows(grads, sums[0].dtype) for grads in (grads_k, grads_v))
-        return torch.cat(grads_q, dim=3), grad_k_XSH, grad_v_XSH, None
+        grad_k_XSH, grad_v_XSE = (_add_first_rows(grads, sums[0].dtype) for grads in (grads_k, grads_v))
+        return torch.cat(grads_q, dim=3), grad_k_XSH, grad_v_XSE, None
 
 
 def _query_blocks(n_queries: int, n_keys: int) -> Iterator[tuple[int, int, int]]:
@@ -92,9 +96,9 @@ def _query_blocks(n_queries: int, n_keys: int) -> Iterator[tuple[int, int, int]]
         yield start, stop, n_keys - n_queries + stop
 
 
-def _as_rows(block_BKGQE: Tensor) -> Tensor:
-    """(X, P, E): the rows that share keys and values together."""
-    return block_BKGQE.flatten(0, 1).flatten(1, 2)
+def _as_rows(block_BKGQC: Tensor) -> Tensor:
+    """(X, P, C): the rows that share keys and values together."""
+    return block_BKGQC.flatten(0, 1).flatten(1, 2)
 
 
 def _first_rows(x_XSH: Tensor, n_rows: int) -> Tensor:

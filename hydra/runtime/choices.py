@@ -64,7 +64,7 @@ def choose_once(
         threads: 0 for all cores that this process may use.
         dtype: `auto`, `float32` or `bfloat16`.
         attention_kernel: `auto` or a name.
-        choose_attention_kernel: from the device to what `auto` stands for, and why.
+        choose_attention_kernel: from the device to the kernel that computes there, and why; it refuses one that cannot.
 
     Raises:
         ConfigError: the run computes on a device that this machine does not have.
@@ -96,7 +96,7 @@ def resolve(
     """What is asked for, with `auto` resolved on this machine, and the reasons; arguments as those of `choose_once`.
 
     Raises:
-        ConfigError: it is a device that this machine does not have.
+        ConfigError: it is a device that this machine does not have, or a kernel that cannot compute there.
     """
     import torch
 
@@ -104,8 +104,7 @@ def resolve(
     resolved_device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     resolved_dtype, dtype_reason = choose_dtype(resolved_device) if dtype == "auto" else (dtype, "asked for")
     kernel_reason = "asked for"
-    if attention_kernel == "auto":
-        assert choose_attention_kernel is not None
+    if choose_attention_kernel is not None:
         attention_kernel, kernel_reason = choose_attention_kernel(resolved_device)
     now = Choices(
         device=resolved_device,

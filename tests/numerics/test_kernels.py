@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hydra.attention.core import KERNELS, choose_kernel, softmax_attention
-from hydra.attention.masks import causal_mask, to_additive
+from hydra.attention.core import KERNELS, check_kernel, choose_kernel, softmax_attention
+from hydra.attention.masks import AttentionContext, TokenHistory, build_context, interval_mask, to_additive
 from hydra.errors import ConfigError
 from hydra.kernels.blocked_attention import MAX_BLOCKS, QUERY_BLOCK, blocked_attention
 from hydra.kernels.linear_cross_entropy import IGNORE_INDEX, MAX_LOGITS, chunk_length, linear_cross_entropy
@@ -18,12 +18,25 @@ from hydra.testing.tolerances import assert_close
 pytestmark = pytest.mark.usefixtures("nan_poisoned_memory")
 LONG = QUERY_BLOCK * MAX_BLOCKS + 3
 """More than so many blocks of the usual length."""
+CPU_KERNELS = [kernel for kernel in KERNELS if kernel not in ("flex", "flash")]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def slow_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor) -> Tensor:
     q_BKGTH = q_BNTH.unflatten(1, (k_BKSH.shape[1], -1))
     return blocked_attention_reference(q_BKGTH, k_BKSH, v_BKSH, mask_B1TS).flatten(1, 2)
+
+
+def context_of(n_queries: int, n_keys: int, dtype: torch.dtype, kernel: str, hidden: str) -> AttentionContext:
+    """Of two rows, in which documents, a window, both or nothing hide keys."""
+    tokens_BSD, history = torch.zeros(2, n_keys, 1), TokenHistory(2, n_keys)
+    ids_BS = torch.cat([document_ids(n_keys - n_keys // n, n_keys // n) for n in (3, 2)])
+    ids_BS = ids_BS if "documents" in hidden else None
+    for start, stop in ((0, n_keys - n_queries), (n_keys - n_queries, n_keys)):
+        ids_BT = None if ids_BS is None else ids_BS[:, start:stop]
+        if start < stop:
+            context = build_context(tokens_BSD[:, start:stop], document_ids_BT=ids_BT, history=history, kernel=kernel)
+    return context.specialise(dtype, window=max(1, n_keys // 3) if "window" in hidden else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,22 +54,23 @@ def slow_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Te
         (LONG, LONG),
     ],
 )
-@pytest.mark.parametrize("documents", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("hidden", ["nothing", "documents", "window", "documents and window"])
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_attention_kernels(
-    kernel: str, documents: bool, n_queries: int, n_keys: int, n_kv_heads: int, dtype: torch.dtype
+    kernel: str, hidden: str, n_queries: int, n_keys: int, n_kv_heads: int, dtype: torch.dtype
 ) -> None:
     q = random_activations(2, 4, n_queries, 6, dtype=dtype)
-    k, v = (random_activations(2, n_kv_heads, n_keys, 6, dtype=dtype, seed=seed) for seed in (1, 2))
+    k = random_activations(2, n_kv_heads, n_keys, 6, dtype=dtype, seed=1)
+    v = random_activations(2, n_kv_heads, n_keys, 10, dtype=dtype, seed=2)  # values may be wider
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-    is_visible_BTS, mask = causal_mask(n_queries, n_keys, torch.device("cpu"))[None], None
-    if documents:  # another one for each row
-        ids_BS = torch.cat([document_ids(n_keys - n_keys // n, n_keys // n) for n in (3, 2)])
-        is_visible_BTS = is_visible_BTS & (ids_BS[:, -n_queries:, None] == ids_BS[:, None, :])
-        mask = to_additive(is_visible_BTS, dtype)[:, None]
-    weight = random_activations(2, 4, n_queries, 6, dtype=dtype, seed=3)
+    context = context_of(n_queries, n_keys, dtype, kernel, hidden)
+    first_BT = context.first_visible_BT
+    assert (first_BT is None) == (hidden == "nothing" or (hidden == "window" and n_keys == 1))
+    first_BT = torch.zeros(1, n_queries, dtype=torch.int64) if first_BT is None else first_BT
+    is_visible_BTS = interval_mask(first_BT, n_keys - n_queries)
+    weight = random_activations(2, 4, n_queries, 10, dtype=dtype, seed=3)
 
-    out = softmax_attention(*inputs, mask, kernel)
+    out = softmax_attention(*inputs, context)
     grads = torch.autograd.grad((out * weight).sum(), inputs)
     expected = slow_attention(*inputs, to_additive(is_visible_BTS, torch.float64)[:, None])
     expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
@@ -64,7 +78,7 @@ def test_attention_kernels(
     assert out.dtype == dtype
     assert_close(out, expected, dtype, "outputs")
     for name, grad, expected_grad in zip("qkv", grads, expected_grads, strict=True):
-        if n_keys == 1 and name in "qk":
+        if (is_visible_BTS.sum(-1) == 1).all() and name in "qk":
             assert grad.abs().max() < 1e-5  # one key gets all the weight, whatever its score
         elif dtype == torch.bfloat16 and n_queries == 1:
             assert grad.isfinite().all()  # a norm over so few rounded numbers says little
@@ -72,12 +86,33 @@ def test_attention_kernels(
             assert_close(grad, expected_grad, dtype, name)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ["scaled_dot_product", "blocked"])
+def test_a_scale_of_ones_own(kernel: str) -> None:
+    q, k, v = (random_activations(1, 2, 5, 4, seed=seed) for seed in range(3))
+    context = build_context(q[:, 0], kernel=kernel).specialise(torch.float64)
+    out = softmax_attention(q, k, v, context, scale=1.0)
+    assert_close(out, softmax_attention(q * 2, k, v, context), torch.float64, "outputs")
+
+
+def test_flex_attention_sees_the_same() -> None:
+    """Forward as torch computes it uncompiled; on a CPU it has no backward pass."""
+    q, k, v = (random_activations(2, 4, 150, 16, dtype=torch.float32, seed=seed) for seed in range(3))
+    for hidden in ("nothing", "documents", "window", "documents and window"):
+        for n_queries in (150, 70):
+            flex, plain = (
+                softmax_attention(q[:, :, -n_queries:], k, v, context_of(n_queries, 150, torch.float32, kernel, hidden))
+                for kernel in ("flex", "scaled_dot_product")
+            )
+            assert_close(flex, plain, torch.float32, hidden)
+
+
+@pytest.mark.parametrize("kernel", ["scaled_dot_product", "blocked"])
 def test_a_row_that_sees_nothing_gives_zeros_and_no_gradient(kernel: str) -> None:
     inputs = [random_activations(1, 2, 5, 4, seed=seed).requires_grad_() for seed in range(3)]
     is_visible = torch.ones(5, 5, dtype=torch.bool).tril()
     is_visible[2] = False
-    out = softmax_attention(*inputs, to_additive(is_visible, torch.float64)[None, None], kernel)
+    mask_B1TS = to_additive(is_visible, torch.float64)[None, None]
+    out = softmax_attention(*inputs, AttentionContext(0, torch.arange(5)[None], None, kernel, mask_B1TS=mask_B1TS))
     assert out[:, :, 2].abs().max() == 0
     grads = torch.autograd.grad(out.square().sum(), inputs)
     assert all(grad.isfinite().all() for grad in grads)
@@ -116,10 +151,20 @@ def test_blocked_attention_refuses_a_second_derivative() -> None:
         grad.sum().backward()
 
 
-def test_an_unknown_kernel_is_named() -> None:
-    q = random_activations(1, 1, 2, 4)
-    with pytest.raises(ConfigError, match="blocked, but got 'fast'"):
-        softmax_attention(q, q, q, None, "fast")
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("fast", "cpu"), "must be one of .*blocked.* but got 'fast'"),
+        (("flex", "cpu"), "backward pass on a GPU only, and the device is cpu; use attention_kernel auto"),
+        (("flash", "cpu"), "on a GPU only, and the device is cpu"),
+        (("flash", "cuda"), "flash-attn is not installed"),
+    ],
+)
+def test_a_kernel_that_cannot_train_here_says_why(arguments: tuple[str, str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        check_kernel(*arguments)
+    check_kernel("blocked", "cpu")
+    check_kernel("flex", "cuda")
 
 
 def test_auto_takes_the_kernel_for_the_device() -> None:

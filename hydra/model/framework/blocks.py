@@ -5,9 +5,10 @@ B batch, T tokens, D model width.
 
 from torch import Tensor, nn
 
-from hydra.attention import build_attention
+from hydra.attention import PlannedLayer
 from hydra.attention.base import AttentionCache
 from hydra.attention.masks import AttentionContext
+from hydra.attention.registry import load_layer_class
 from hydra.layers.feed_forward import SquaredReLU, SwiGLU
 from hydra.layers.norms import RMSNorm
 from hydra.model.framework.spec import ModelSpec
@@ -18,22 +19,15 @@ FEED_FORWARD_CLASSES: dict[str, type[SwiGLU] | type[SquaredReLU]] = {"squared_re
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, spec: ModelSpec, layer_index: int) -> None:
+    def __init__(self, spec: ModelSpec, layer: PlannedLayer) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
-        self.attention = build_attention(
-            spec.attention,
-            d_model=spec.d_model,
-            n_heads=spec.n_heads,
-            layer_index=layer_index,
-            n_layers=spec.n_layers,
-            **spec.attention_options,
-        )
+        self.attention = load_layer_class(layer.name)(layer.spec)
         self.feed_forward_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
         self.feed_forward = FEED_FORWARD_CLASSES[spec.feed_forward](spec.d_model, spec.d_feed_forward)
 
     def forward(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); the context is that of this forward pass, the cache that of this layer."""
+        """Map (B, T, D) to (B, T, D); context and cache are those of this layer."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context, cache=cache)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 

@@ -184,13 +184,12 @@ class Decoder:
         """Of the last token of each row, (B, V); the tokens are added to the caches."""
         x_BTD = self.model.embedding(ids_BT)
         for block, cache in zip(self.model.typed_blocks(), caches, strict=True):
-            x_BTD = block.forward(x_BTD, context, cache)
+            x_BTD = block.forward(x_BTD, block.attention.prepare(context), cache)
         return self.model.head(self.model.final_norm(x_BTD[:, -1:]))[:, 0]
 
     def _build_rotary_tables(self) -> dict[tuple[int, float], tuple[Tensor, Tensor]]:
         """Cosines and sines (S, R) of all positions, by what the layers ask for."""
-        positions_1S = torch.arange(self.max_tokens, device=self.device)[None]
-        context = AttentionContext(0, positions_1S, None, None)
+        context = AttentionContext(0, torch.arange(self.max_tokens, device=self.device)[None], kernel=DECODE_KERNEL)
         for block in self.model.typed_blocks():
             block.attention.prepare(context)
         return {key: (cos[0, :, 0], sin[0, :, 0]) for key, (cos, sin) in context.rotary_tables.items()}
@@ -201,13 +200,10 @@ class Decoder:
         The likeliest tokens are left in next_ids_B: a greedy continuation need not do anything between two steps.
         """
         self.mask_B11S[self.rows_B, 0, 0, self.n_past_B] = 0.0
-        rotary = {
-            key: (cos_SR[self.n_past_B][:, None, None], sin_SR[self.n_past_B][:, None, None])
-            for key, (cos_SR, sin_SR) in self.rotary_tables.items()
-        }
-        context = AttentionContext(
-            self.n_past_B, self.n_past_B[:, None], None, self.mask_B11S, self.kernel, rotary_tables=rotary
-        )
+        context = AttentionContext(self.n_past_B, self.n_past_B[:, None], kernel=self.kernel, mask_B1TS=self.mask_B11S)
+        for key, (cos_SR, sin_SR) in self.rotary_tables.items():
+            tables = cos_SR[self.n_past_B][:, None, None], sin_SR[self.n_past_B][:, None, None]
+            context.rotary_tables[key] = tables
         logits_BV = self._compute_logits(self.next_ids_B[:, None], context, self.caches)
         self.n_past_B.add_(1)
         self.next_ids_B.copy_(logits_BV.argmax(dim=-1))

@@ -50,7 +50,7 @@ class HydraModel(nn.Module):
         self.is_compiled = False
         # Its own way of drawing first values imports torch's compiler on the meta device, which takes a second.
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.d_model), freeze=False)
-        self.blocks = nn.ModuleList(Block(spec, layer_index) for layer_index in range(spec.n_layers))
+        self.blocks = nn.ModuleList(Block(spec, layer) for layer in spec.plan_layers())
         self.final_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
         # A tied head is no parameter of its own, so that nothing can untie it: not to_empty, not a checkpoint.
         if not spec.tie_embeddings:
@@ -63,8 +63,8 @@ class HydraModel(nn.Module):
     def compile_regions(self) -> None:
         """Compile what is computed without a cache: each block, the last norm, and the element-wise part of the loss.
 
-        All blocks share one compiled form for each of training and evaluation. Nothing happens yet: the first call of
-        a shape compiles, and graph breaks are errors.
+        Blocks of one kind share one compiled form for each of training and evaluation. Nothing happens yet: the first
+        call of a shape compiles, and graph breaks are errors.
         """
         # Each shape of each model that a process builds is a form of the same code; torch expects fewer.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
@@ -110,11 +110,11 @@ class HydraModel(nn.Module):
             kernel=self.execution.attention_kernel,
         )
         for layer_index, block in enumerate(self.typed_blocks()):
-            block.attention.prepare(context)
+            own_context = block.attention.prepare(context)
             if cache is None:
-                x_BTD = self._run_block(block, x_BTD, context)
+                x_BTD = self._run_block(block, x_BTD, own_context)
             else:  # past the compiled form, which is for one shape
-                x_BTD = block.forward(x_BTD, context, cache.layers[layer_index])
+                x_BTD = block.forward(x_BTD, own_context, cache.layers[layer_index])
         x_BTD = self.final_norm(x_BTD) if cache is None else self.final_norm.forward(x_BTD)
         if targets_BT is None:
             return ModelOutput({}, None, F.linear(x_BTD, self.head_weight))

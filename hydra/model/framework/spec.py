@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from hydra.attention import check_options
+from hydra.attention import PlannedLayer, plan_layers
 from hydra.attention.spec import check_float, check_int, check_known
 from hydra.errors import ConfigError
 
@@ -28,9 +28,11 @@ class ModelSpec:
     n_heads: int
     """Heads of the multi-head reference; the head width is d_model / n_heads."""
     attention: str
-    """Name of an attention backend, see hydra.attention.available_backends()."""
+    """Name of an attention backend (hydra.attention.available_backends()), or a plan of several; see
+    hydra.attention.plan."""
     attention_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Options of that backend, each a number, text or truth value; what is left out takes the backend's default."""
+    """Options for every layer whose backend has them, each a number, text or truth value; what is left out takes the
+    backend's default."""
     feed_forward: str
     """swiglu or squared_relu."""
     d_feed_forward: int
@@ -54,9 +56,19 @@ class ModelSpec:
             raise ConfigError(
                 f"attention_options must be a mapping of option to value, but got {self.attention_options!r}"
             )
-        check_options(self.attention, self.d_model, self.n_heads, self.attention_options)
         # A copy of its own, so that changing the caller's mapping does not change a spec that was checked.
         object.__setattr__(self, "attention_options", dict(self.attention_options))
+        self.plan_layers()
+
+    def plan_layers(self) -> list[PlannedLayer]:
+        """The attention of each block."""
+        return plan_layers(
+            self.attention,
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            n_layers=self.n_layers,
+            options=self.attention_options,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, ready for JSON; from_dict takes it back."""

@@ -95,7 +95,7 @@ def test_prefill_and_decode_equal_one_pass(attention: str, packed: bool) -> None
 def test_the_cache_takes_what_the_layers_say(attention: str) -> None:
     model = build_model(tiny_model_spec(attention=attention, n_layers=3))
     cache, layer = model.new_cache(2, 7), model.blocks[0].attention
-    tensors = [t for c in cache.layers for t in (c.k_BKSH, c.v_BKSH, *c.state_tensors())]
+    tensors = [t for c in cache.layers for t in (*c.token_tensors(), *c.state_tensors())]
     assert sum(t.nbytes for t in tensors) == 2 * 3 * (7 * layer.kv_bytes_per_token + layer.constant_state_bytes)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra.attention.backends.ccgqa.spec import CCGQASpec
-from hydra.attention.base import AttentionBackend, AttentionCache, count_causal_pairs
+from hydra.attention.base import AttentionBackend, AttentionCache, KeyValueCache, count_visible_pairs
 from hydra.attention.core import softmax_attention
 from hydra.attention.masks import AttentionContext, TokenHistory
 from hydra.layers.rotary import apply_rotary
@@ -26,7 +26,7 @@ NORM_EPS = 1e-24
 
 
 @dataclasses.dataclass
-class CCGQACache(AttentionCache):
+class CCGQACache(KeyValueCache):
     """Keys and values, and what the convolutions and the value shift need of the tokens before."""
 
     past_u_BRC: Tensor
@@ -57,22 +57,23 @@ class CompressedConvolutionalAttention(AttentionBackend):
         self.conv1 = nn.Conv1d(n_channels, n_channels, spec.conv_kernel_1, groups=spec.n_query_heads + spec.n_kv_heads)
         self.temp = nn.Parameter(torch.zeros(spec.n_kv_heads))
 
-    def prepare(self, context: AttentionContext) -> None:
+    def prepare(self, context: AttentionContext) -> AttentionContext:
         """See AttentionBackend.prepare."""
-        context.rotary(self.spec.rotary_width, self.spec.rope_base, self.q_proj.weight.dtype)
+        rotary = (self.spec.rotary_width, self.spec.rope_base)
+        return context.specialise(self.q_proj.weight.dtype, rotary=rotary)
 
     def attend(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
         """See AttentionBackend.forward."""
         assert cache is None or isinstance(cache, CCGQACache), type(cache)
         q_BTNH, k_BTKH = self.compute_queries_keys(x_BTD, context, cache)
         v_BTKH = self.compute_values(x_BTD, context, cache)
-        rotary = context.rotary(self.spec.rotary_width, self.spec.rope_base, q_BTNH.dtype)
-        q_BNTH = apply_rotary(q_BTNH, *rotary).to(v_BTKH.dtype).transpose(1, 2)
-        k_BKSH = apply_rotary(k_BTKH, *rotary).to(v_BTKH.dtype).transpose(1, 2)
+        assert context.rotary is not None
+        q_BNTH = apply_rotary(q_BTNH, *context.rotary).to(v_BTKH.dtype).transpose(1, 2)
+        k_BKSH = apply_rotary(k_BTKH, *context.rotary).to(v_BTKH.dtype).transpose(1, 2)
         v_BKSH = v_BTKH.transpose(1, 2)
         if cache is not None:
             k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH, context.n_past)
-        out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context.mask_B1TS, context.kernel)
+        out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context)
         return self.o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
     def compute_queries_keys(
@@ -144,7 +145,7 @@ class CompressedConvolutionalAttention(AttentionBackend):
         n_linear = 2 * spec.d_model * (spec.query_width + spec.key_width)
         n_heads = spec.n_query_heads + spec.n_kv_heads
         n_convolution = n_heads * spec.head_width * (spec.conv_kernel_0 + spec.head_width * spec.conv_kernel_1)
-        return 2 * (n_linear + n_convolution) * n_tokens + 4 * spec.query_width * count_causal_pairs(n_tokens)
+        return 2 * (n_linear + n_convolution) * n_tokens + 4 * spec.query_width * count_visible_pairs(n_tokens)
 
 
 def normalise(x_BTMH: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra.attention.backends.gqa.spec import GQASpec
-from hydra.attention.base import AttentionBackend, AttentionCache, count_causal_pairs
+from hydra.attention.base import AttentionBackend, AttentionCache, KeyValueCache, count_visible_pairs
 from hydra.attention.core import softmax_attention
 from hydra.attention.masks import AttentionContext, TokenHistory
 from hydra.layers.rotary import apply_rotary
@@ -19,6 +19,7 @@ class GroupedQueryAttention(AttentionBackend):
     """softmax(q k^T / sqrt(H)) v with rotary q, k; query head n reads key/value head n // (N / K). No biases.
 
     With qk_norm, q and k are divided by their root mean square over each head first, so that scores stay below sqrt(H).
+    With a window, a token sees that many tokens, its own included (Beltagy et al., arXiv 2004.05150, section 3.1).
     """
 
     spec: GQASpec
@@ -31,9 +32,11 @@ class GroupedQueryAttention(AttentionBackend):
         self.v_proj = nn.Linear(spec.d_model, kv_width, bias=False)
         self.o_proj = nn.Linear(spec.d_model, spec.d_model, bias=False)
 
-    def prepare(self, context: AttentionContext) -> None:
+    def prepare(self, context: AttentionContext) -> AttentionContext:
         """See AttentionBackend.prepare."""
-        context.rotary(self.spec.head_width, self.spec.rope_base, self.q_proj.weight.dtype)
+        spec = self.spec
+        rotary = (spec.head_width, spec.rope_base)
+        return context.specialise(self.q_proj.weight.dtype, rotary=rotary, window=spec.window or None)
 
     def attend(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
         """See AttentionBackend.forward."""
@@ -45,19 +48,20 @@ class GroupedQueryAttention(AttentionBackend):
         if spec.qk_norm:
             q_BTNH = F.rms_norm(q_BTNH, (spec.head_width,), eps=NORM_EPS)
             k_BTKH = F.rms_norm(k_BTKH, (spec.head_width,), eps=NORM_EPS)
-        rotary = context.rotary(spec.head_width, spec.rope_base, q_BTNH.dtype)
-        q_BNTH = apply_rotary(q_BTNH, *rotary).transpose(1, 2)
-        k_BKSH = apply_rotary(k_BTKH, *rotary).transpose(1, 2)
+        assert context.rotary is not None
+        q_BNTH = apply_rotary(q_BTNH, *context.rotary).transpose(1, 2)
+        k_BKSH = apply_rotary(k_BTKH, *context.rotary).transpose(1, 2)
         v_BKSH = v_BTKH.transpose(1, 2)
         if cache is not None:
+            assert isinstance(cache, KeyValueCache), type(cache)
             k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH, context.n_past)
-        out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context.mask_B1TS, context.kernel)
+        out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context)
         return self.o_proj(out_BNTH.transpose(1, 2).reshape(n_batch, n_tokens, spec.d_model))
 
-    def new_cache(self, batch_size: int, max_tokens: int, *, history: TokenHistory | None = None) -> AttentionCache:
+    def new_cache(self, batch_size: int, max_tokens: int, *, history: TokenHistory | None = None) -> KeyValueCache:
         """See AttentionBackend.new_cache. Keys are stored after the rotary embedding."""
         history = TokenHistory(batch_size, max_tokens) if history is None else history
-        return AttentionCache(history, *self.empty_kv(batch_size, self.spec.n_kv_heads, max_tokens))
+        return KeyValueCache(history, *self.empty_kv(batch_size, self.spec.n_kv_heads, max_tokens))
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -70,7 +74,7 @@ class GroupedQueryAttention(AttentionBackend):
         return 0
 
     def flops(self, n_tokens: int) -> int:
-        """2 * parameters * T + 4 D * causal pairs."""
+        """2 * parameters * T + 4 D * visible pairs."""
         spec = self.spec
         n_weights = 2 * spec.d_model * spec.d_model + 2 * spec.d_model * spec.n_kv_heads * spec.head_width
-        return 2 * n_weights * n_tokens + 4 * spec.d_model * count_causal_pairs(n_tokens)
+        return 2 * n_weights * n_tokens + 4 * spec.d_model * count_visible_pairs(n_tokens, spec.window)

@@ -42,7 +42,8 @@ def compute_row(weights: Mapping[str, Tensor], spec: GQASpec, x_TD: Tensor, ids:
         q_TNH, k_TKH = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (q_TNH, k_TKH))
     outputs = []
     for t in range(n_tokens):
-        visible = [s for s in range(t + 1) if ids[s] == ids[t]]
+        oldest = max(0, t + 1 - spec.window) if spec.window else 0
+        visible = [s for s in range(oldest, t + 1) if ids[s] == ids[t]]
         heads = []
         for n in range(spec.n_heads):
             q_H = rotate(q_TNH[t, n], t, spec.rope_base)

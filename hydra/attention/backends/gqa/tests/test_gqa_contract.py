@@ -37,3 +37,15 @@ class TestNormalised(TestGroupedQuery):
 
 class TestMultiQuery(TestGroupedQuery):
     options: ClassVar[dict[str, Any]] = {"n_kv_heads": 1}
+
+
+class TestWindowed(TestGroupedQuery):
+    options: ClassVar[dict[str, Any]] = {"n_kv_heads": 2, "window": 4}
+
+    may_be_zero = ("window",)
+
+    def first_visible(self, t: int) -> int:
+        return max(0, t - 3)
+
+    def visible_pairs(self, n_tokens: int) -> int:
+        return sum(min(t + 1, 4) for t in range(n_tokens))

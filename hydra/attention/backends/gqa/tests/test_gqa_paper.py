@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hydra.attention import build_attention
 from hydra.attention.backends.gqa.attention import GroupedQueryAttention
 from hydra.attention.core import softmax_attention
+from hydra.attention.masks import AttentionContext
 from hydra.layers.rotary import apply_rotary, compute_rotary
 from hydra.testing.specs import build_random_layer, document_ids, random_activations
 from hydra.testing.tolerances import assert_close
@@ -119,7 +120,8 @@ def test_7_kernels_of_torch_agree_forward_and_backward(masked: bool) -> None:
 def test_8_attention_rows_sum_to_one_and_are_zero_above_the_diagonal(n_queries: int) -> None:
     q_BNTH, k_BKSH = random_activations(2, 4, n_queries, 8), random_activations(2, 2, 8, 8, seed=1)
     # Values that are the unit vectors make the output the attention matrix itself.
-    weight_BNTS = softmax_attention(q_BNTH, k_BKSH, torch.eye(8, dtype=torch.float64).expand(2, 2, 8, 8))
+    context = AttentionContext(8 - n_queries, torch.arange(n_queries)[None])
+    weight_BNTS = softmax_attention(q_BNTH, k_BKSH, torch.eye(8, dtype=torch.float64).expand(2, 2, 8, 8), context)
     assert_close(weight_BNTS.sum(-1), torch.ones(2, 4, n_queries), torch.float64, "sums of rows")
     is_future_TS = torch.ones(n_queries, 8, dtype=torch.bool).triu(8 - n_queries + 1)
     assert (weight_BNTS[..., is_future_TS] == 0).all()
@@ -141,7 +143,8 @@ def test_11_rows_that_see_nothing_are_zero_not_nan() -> None:
     q_BNTH = random_activations(2, 4, 5, 8).requires_grad_()
     mask_B1TS = torch.zeros(2, 1, 5, 5, dtype=torch.float64)
     mask_B1TS[0, 0, 3] = -torch.inf
-    out_BNTH = softmax_attention(q_BNTH, q_BNTH[:, :2], q_BNTH[:, :2], mask_B1TS)
+    context = AttentionContext(0, torch.arange(5)[None], mask_B1TS=mask_B1TS)
+    out_BNTH = softmax_attention(q_BNTH, q_BNTH[:, :2], q_BNTH[:, :2], context)
     out_BNTH.sum().backward()
     assert (out_BNTH[0, :, 3] == 0).all()
     assert out_BNTH.isfinite().all()

@@ -1,0 +1,106 @@
+"""Layer plans: which attention stands in which block, written as text. No torch in this file.
+
+gqa                             the same in every block
+3*ccgqa, gqa                    three of the one, then one of the other, and so on to the last block
+3*gqa(window=256), gqa          with options of their own
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.attention.registry import available_backends, load_spec_class
+from hydra.attention.spec import AttentionSpec, check_int, check_known
+from hydra.errors import ConfigError
+
+ENTRY = re.compile(r"(?:(?P<count>\d+)\s*\*\s*)?(?P<name>[^\s*(),=]+)\s*(?:\((?P<options>[^()]*)\))?")
+OPTION = re.compile(r"(?P<name>\w+)\s*=\s*(?P<value>[^\s=]+)")
+TRUTHS = {"True": True, "true": True, "False": False, "false": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedLayer:
+    """The attention of one block."""
+
+    name: str
+    """Of a backend."""
+    options: Mapping[str, Any]
+    """Of that backend, as they were asked for."""
+    spec: AttentionSpec
+    """What they come to, checked."""
+
+
+def plan_layers(
+    attention: str, *, d_model: int, n_heads: int, n_layers: int, options: Mapping[str, Any]
+) -> list[PlannedLayer]:
+    """The attention of each of n_layers blocks; the plan is repeated until there are enough.
+
+    Args:
+        attention: a plan, as above.
+        options: for every layer whose backend has an option of that name; those in brackets come first.
+    Raises:
+        ConfigError: text that is no plan, an unknown backend or option (naming the closest known one), an option that
+            no layer of the plan has, an entry that no block is left for, a value that cannot be.
+    """
+    check_int("n_layers", n_layers)
+    entries = parse_plan(attention)
+    names = list(dict.fromkeys(name for name, _ in entries))
+    known = {name: load_spec_class(name).option_names() for name in names}
+    every_option = list(dict.fromkeys(option for name in names for option in known[name]))
+    check_known("option", options, every_option)
+    if len(entries) > n_layers:
+        raise ConfigError(
+            f"a plan must have at most n_layers={n_layers} layers, but got {len(entries)} in {attention!r}; "
+            "raise n_layers or shorten the plan"
+        )
+    layers = []
+    for layer_index in range(n_layers):
+        name, own = entries[layer_index % len(entries)]
+        asked = {**{option: value for option, value in options.items() if option in known[name]}, **own}
+        spec = load_spec_class(name).from_options(
+            d_model=d_model, n_heads=n_heads, layer_index=layer_index, n_layers=n_layers, options=asked
+        )
+        layers.append(PlannedLayer(name, asked, spec))
+    return layers
+
+
+def parse_plan(attention: str) -> list[tuple[str, dict[str, Any]]]:
+    """Backend and bracketed options of each layer of a plan, once; see plan_layers for errors."""
+    if not isinstance(attention, str):
+        raise ConfigError(f"attention must be text, but got {attention!r}")
+    layers: list[tuple[str, dict[str, Any]]] = []
+    for text in re.split(r",(?![^(]*\))", attention):
+        entry = ENTRY.fullmatch(text.strip())
+        count = 1 if entry is None or entry["count"] is None else int(entry["count"])
+        if entry is None or count < 1:
+            raise ConfigError(
+                f"attention must be a backend or a plan such as '3*ccgqa, gqa' or '3*gqa(window=256), gqa', but got "
+                f"{text.strip()!r} in {attention!r}; the backends are {', '.join(available_backends())}"
+            )
+        layers += [(entry["name"], _parse_options(entry["options"] or "", attention))] * count
+    return layers
+
+
+def _parse_options(text: str, attention: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        option = OPTION.fullmatch(part)
+        if option is None or option["name"] in options:
+            raise ConfigError(
+                f"options in a plan must be name=value, each once, but got {part!r} in {attention!r}; "
+                "write for example gqa(window=256, qk_norm=True)"
+            )
+        options[option["name"]] = _parse_value(option["value"])
+    return options
+
+
+def _parse_value(text: str) -> int | float | bool | str:
+    if text in TRUTHS:
+        return TRUTHS[text]
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
