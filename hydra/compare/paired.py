@@ -1,8 +1,8 @@
 """Student's t on paired differences, Holm's correction, and the effects that a number of seeds can find.
 
 Plain numbers in, plain numbers out. `level` is always the two-sided chance of a false alarm of one test, `spread` the
-sample standard deviation of the paired differences (divided by n - 1), `n_seeds` their number n. In names of arrays: K nodes
-over what the known spread may be, M nodes over the spread of the seeds to come.
+sample standard deviation of the paired differences (divided by n - 1), `n_seeds` their number n.
+In names of arrays: K nodes over what the known spread may be, M nodes over the spread of the seeds to come.
 
 Sources: Student, "The probable error of a mean" (1908); Holm, "A simple sequentially rejective multiple test
 procedure" (1979); the power of a t test is a tail of the noncentral t distribution (Johnson, Kotz and Balakrishnan,
@@ -94,7 +94,7 @@ def _critical_t(n_seeds: int, level: float) -> float:
     return float(special.stdtrit(n_seeds - 1, 1 - level / 2))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _spread_over_sigma(df: int) -> tuple[np.ndarray, np.ndarray]:
     """Values of s / sigma and their weights, which sum to one: Gauss-Legendre over the quantiles of chi^2."""
     nodes, weights = np.polynomial.legendre.leggauss(QUADRATURE_NODES)

@@ -116,11 +116,12 @@ class Comparison:
 
     def _sentence_undecided(self, arm: ArmComparison, interval: Interval) -> str:
         decimals = _decimals(interval.high - interval.low)
-        detectable = "" if arm.detectable_effect is None else self._amount(arm.detectable_effect, decimals)
+        detectable = self._amount(arm.detectable_effect or 0.0, decimals)
         return (
             f"{arm.name} against {self.baseline} is undecided: the difference is"
             f" {self._amount(arm.mean_difference, decimals)} ({self._basis(*interval, decimals)});"
-            f" {len(self.seeds)} seeds find an effect of {detectable} in {100 * POWER:.0f} % of cases; {self._cost(arm)}."
+            f" {len(self.seeds)} seeds find an effect of {detectable} in {100 * POWER:.0f} % of cases;"
+            f" {self._cost(arm)}."
         )
 
     def _amount(self, value: float, decimals: int) -> str:

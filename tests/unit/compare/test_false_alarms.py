@@ -5,6 +5,7 @@ looked for, plus noise of its own. Legend: `R` repetitions, `A` arms with the ba
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -58,12 +59,19 @@ def sampling_error(chance: float) -> float:
     return 3 * (chance * (1 - chance) / N_REPETITIONS) ** 0.5
 
 
-@pytest.mark.parametrize("sampler", [normal, heavy])
-@pytest.mark.parametrize("n_seeds", [3, 5, 8])
-@pytest.mark.parametrize("n_arms", [1, 10])
+@lru_cache
+def equal_arms(n_arms: int, n_seeds: int, sampler: Sampler = normal) -> list[Comparison]:
+    return compared(simulate(n_arms + 10 * n_seeds, n_arms, n_seeds, sampler))
+
+
+@pytest.mark.parametrize(
+    ("n_arms", "n_seeds", "sampler"),
+    [(1, 3, normal), (1, 5, normal), (1, 8, normal), (10, 3, normal), (10, 5, normal), (10, 8, normal)]
+    + [(1, 3, heavy), (1, 5, heavy), (1, 8, heavy), (10, 5, heavy)],
+)
 def test_few_comparisons_of_equal_arms_get_a_verdict(n_arms: int, n_seeds: int, sampler: Sampler) -> None:
-    """Two arms in all, and ten beside the baseline. The normal noise is the claim; the heavy tails are what life does."""
-    comparisons = compared(simulate(n_arms + 10 * n_seeds, n_arms, n_seeds, sampler))
+    """Two arms in all, and ten beside the baseline. Normal noise is the claim; heavy tails are what life does."""
+    comparisons = equal_arms(n_arms, n_seeds, sampler)
     alarms = share([any(arm.verdict is not Verdict.UNDECIDED for arm in c.arms) for c in comparisons])
     assert alarms <= 0.05 + sampling_error(0.05)
     if n_arms == 1 and sampler is normal:
@@ -75,36 +83,34 @@ def test_few_comparisons_of_equal_arms_get_a_verdict(n_arms: int, n_seeds: int, 
 @pytest.mark.parametrize("n_seeds", [3, 5, 8])
 @pytest.mark.parametrize("n_arms", [1, 10])
 def test_intervals_cover_the_true_difference_each_and_all_at_once(n_arms: int, n_seeds: int) -> None:
-    comparisons = compared(simulate(1000 + n_arms + n_seeds, n_arms, n_seeds))
+    comparisons = equal_arms(n_arms, n_seeds)
     first = share([c.arms[0].interval.low <= 0 <= c.arms[0].interval.high for c in comparisons])
     assert first == pytest.approx(0.95, abs=sampling_error(0.95))
-    every = [
-        all(arm.simultaneous_interval.low <= 0 <= arm.simultaneous_interval.high for arm in c.arms) for c in comparisons
-    ]
-    assert share(every) >= 0.95 - sampling_error(0.95)
+    every = share(
+        [all(a.simultaneous_interval.low <= 0 <= a.simultaneous_interval.high for a in c.arms) for c in comparisons]
+    )
+    assert every >= 0.95 - sampling_error(0.95)
 
 
 @pytest.mark.parametrize("n_seeds", [3, 5, 8])
 @pytest.mark.parametrize("n_arms", [1, 10])
-@pytest.mark.parametrize("side", [-1, 1])
-def test_an_effect_of_the_stated_detectable_size_is_found(n_arms: int, n_seeds: int, side: int) -> None:
+def test_an_effect_of_the_stated_detectable_size_is_found(n_arms: int, n_seeds: int) -> None:
     """Each repetition states its size from one comparison, and the effect is planted into another with new noise."""
-    stated = [c.arms[0].detectable_effect for c in compared(simulate(2000 + n_seeds, n_arms, n_seeds))]
-    figures_RAS = simulate(3000 + n_seeds, n_arms, n_seeds)
-    figures_RAS[:, 1] += side * np.asarray(stated)[:, None]
-    wanted = Verdict.WORSE if side > 0 else Verdict.BETTER
-    found = share([c.arms[0].verdict is wanted for c in compared(figures_RAS)])
+    stated_R = np.array([c.arms[0].detectable_effect for c in equal_arms(n_arms, n_seeds)])
+    side_R = np.resize([-1, 1], N_REPETITIONS)
+    figures_RAS = simulate(3000 + n_arms + 10 * n_seeds, n_arms, n_seeds)
+    figures_RAS[:, 1] += (side_R * stated_R)[:, None]
+    wanted = {-1: Verdict.BETTER, 1: Verdict.WORSE}
+    found = share([c.arms[0].verdict is wanted[side] for c, side in zip(compared(figures_RAS), side_R, strict=True)])
     assert found >= 0.8 - sampling_error(0.8)
     if n_arms == 1:
         assert found <= 0.8 + sampling_error(0.8), "a smaller effect would be found too"
 
 
-@pytest.mark.parametrize("n_seeds", [3, 5, 8])
-@pytest.mark.parametrize("n_arms", [1, 10])
+@pytest.mark.parametrize(("n_arms", "n_seeds"), [(1, 3), (1, 8), (10, 5)])
 def test_it_is_found_also_if_the_size_is_stated_from_the_true_spread(n_arms: int, n_seeds: int) -> None:
-    (sized,) = compared(simulate(1, n_arms, n_seeds)[:1])
-    arm = sized.arms[0]
-    figures_RAS = simulate(4000 + n_seeds, n_arms, n_seeds)
+    arm = equal_arms(n_arms, n_seeds)[0].arms[0]
+    figures_RAS = simulate(4000 + n_arms + 10 * n_seeds, n_arms, n_seeds)
     figures_RAS[:, 1] += arm.detectable_effect / arm.spread * SPREAD
     assert share([c.arms[0].verdict is Verdict.WORSE for c in compared(figures_RAS)]) >= 0.8 - sampling_error(0.8)
 
@@ -114,7 +120,7 @@ def test_the_stated_number_of_seeds_decides_an_effect_of_the_observed_size(n_see
     """As a pilot: its noise sets the spread, and its observed effect is made the true one."""
     rng = np.random.default_rng(5000 + n_seeds)
     found = []
-    for comparison in compared(simulate(6000 + n_seeds, 1, n_seeds)):
+    for comparison in equal_arms(1, n_seeds):
         arm = comparison.arms[0]
         if arm.seeds_to_decide is None or arm.seeds_to_decide > 200:
             continue
