@@ -74,7 +74,8 @@ def compare_arms(
     """Compare every arm with the one called `baseline`; `unit` is that of the figures, for the sentences.
 
     Among all arms, the chance that any that does not differ gets a verdict of better or worse is at most
-    1 - confidence. Choose the number of seeds beforehand: adding seeds until a verdict appears voids that.
+    1 - confidence; a report that compares in several ways makes that promise once for each. Choose the number of seeds
+    beforehand: adding seeds until a verdict appears voids it.
     Raises ComparisonError when names are not distinct, the baseline or every other arm is missing, or an arm lacks a
     seed of another.
     """
@@ -102,7 +103,7 @@ class _Paired:
         self.spread: float | None = None
         self.p_value: float | None = None
         if len(seeds) > 1:
-            _, spread = paired.mean_and_spread(list(self.differences.values()))
+            spread = paired.spread_of(list(self.differences.values()))
             largest = max(abs(result.figures[seed]) for result in (arm, base) for seed in seeds)
             if spread > ROUNDING * largest:
                 self.spread = spread

@@ -9,11 +9,9 @@ procedure" (1979); the power of a t test is a tail of the noncentral t distribut
 "Continuous Univariate Distributions" 2, chapter 31).
 """
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
-from statistics import fmean
 
 import numpy as np
 from scipy import optimize, special
@@ -23,10 +21,9 @@ SEEDS_LIMIT = 1000
 QUADRATURE_NODES = 32
 
 
-def mean_and_spread(differences: Sequence[float]) -> tuple[float, float]:
-    """The mean of at least two differences and their sample standard deviation."""
-    mean = fmean(differences)
-    return mean, math.sqrt(sum((difference - mean) ** 2 for difference in differences) / (len(differences) - 1))
+def spread_of(differences: Sequence[float]) -> float:
+    """The sample standard deviation of at least two differences."""
+    return float(np.std(differences, ddof=1))
 
 
 def t_interval(mean: float, spread: float, n_seeds: int, level: float) -> tuple[float, float]:

@@ -116,7 +116,8 @@ class Comparison:
 
     def _sentence_undecided(self, arm: ArmComparison, interval: Interval) -> str:
         decimals = _decimals(interval.high - interval.low)
-        detectable = self._amount(arm.detectable_effect or 0.0, decimals)
+        assert arm.detectable_effect is not None
+        detectable = self._amount(arm.detectable_effect, decimals)
         return (
             f"{arm.name} against {self.baseline} is undecided: the difference is"
             f" {self._amount(arm.mean_difference, decimals)} ({self._basis(*interval, decimals)});"
@@ -135,12 +136,12 @@ class Comparison:
     def _cost(self, arm: ArmComparison) -> str:
         if arm.seeds_to_decide is None:
             return f"no number of seeds below {SEEDS_LIMIT:,} would decide a difference of this size"
+        assert arm.hours_to_decide is not None
         n_more = arm.seeds_to_decide - len(self.seeds)
         decide = f"{arm.seeds_to_decide} seeds would decide a difference of this size"
         if len(self.seeds) < MIN_SEEDS:
             decide = f"{arm.seeds_to_decide} seeds are the least"
-        hours = arm.hours_to_decide or 0.0
-        duration = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+        duration = f"{arm.hours_to_decide:,.0f}" if arm.hours_to_decide >= 10 else f"{arm.hours_to_decide:.2g}"
         return f"{decide}: {n_more} more {'run' if n_more == 1 else 'runs'} of each of the two, {duration} hours"
 
 
