@@ -59,7 +59,7 @@ def detectable_in_spreads(n_seeds: int, spread_df: int, level: float) -> float:
     Found means: a two-sided test at `level` rejects, on the right side. With the true standard deviation sigma that is
     P(T > t_critical), T noncentral t with n - 1 degrees of freedom and noncentrality difference * sqrt(n) / sigma.
     What is known is an estimate s of `spread_df` degrees of freedom, with (s / sigma)^2 distributed as chi^2 / df; the
-    power is averaged over it. Taking s for sigma would promise 80 % and keep less: 63 % at three seeds, 72 % at five.
+    power is averaged over it. Taking s for sigma would promise 80 % and keep less: 63 % at three seeds, 69 % at five.
     """
     critical = _critical_t(n_seeds, level)
     known_K, weights_K = _spread_over_sigma(spread_df)

@@ -136,7 +136,9 @@ def test_one_seed_has_a_difference_and_nothing_else() -> None:
 @pytest.mark.parametrize("by", [0.0, -0.1, 1e-9])
 def test_a_difference_without_spread_is_undecided_and_questioned(by: float) -> None:
     """-0.1 leaves differences that rounding makes unequal: a t of 10^15 must not come of it."""
-    comparison = against_gqa(shifted("ccgqa", (by,) * 5), shifted("mla", BETTER))
+    wide = (0.4, 0.9, 1.3, 2.2, 5.1)
+    figures = {"gqa": wide, "ccgqa": tuple(x + by for x in wide), "mla": tuple(map(sum, zip(wide, BETTER)))}
+    comparison = compare_arms([result(name, of_arm) for name, of_arm in figures.items()], "gqa")
     arm = comparison.arm("ccgqa")
     assert arm.verdict is Verdict.UNDECIDED
     assert (arm.interval, arm.p_value, arm.detectable_effect, arm.seeds_to_decide) == (None,) * 4

@@ -53,7 +53,7 @@ def test_detectable_effect_comes_to_the_textbook_value_when_the_spread_is_known(
     assert paired.detectable_in_spreads(34, 10**6, 0.05) <= 0.5 < paired.detectable_in_spreads(33, 10**6, 0.05)
 
 
-@pytest.mark.parametrize(("n", "promise"), [(3, 0.63), (5, 0.72)])
+@pytest.mark.parametrize(("n", "promise"), [(3, 0.628), (5, 0.685)])
 def test_taking_the_estimated_spread_for_the_true_one_would_promise_too_much(n: int, promise: float) -> None:
     """What the docstring says, so that nobody simplifies it back."""
     naive = paired.detectable_in_spreads(n, 10**6, 0.05)
@@ -83,3 +83,7 @@ def test_no_reasonable_number_of_seeds_decides_an_effect_of_nearly_nothing() -> 
     assert paired.seeds_to_decide(smallest * (1 + 1e-9), 5, 0.05) == 999
     assert paired.seeds_to_decide(smallest * (1 - 1e-6), 5, 0.05) is None
     assert paired.seeds_to_decide(0.0, 2000, 0.05) is None
+
+
+def test_seeds_that_were_there_and_did_not_decide_are_not_enough() -> None:
+    assert paired.seeds_to_decide(100.0, 5, 0.05) == 6
