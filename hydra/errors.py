@@ -35,3 +35,7 @@ class NotFiniteError(HydraError):
 
 class QuantisationError(HydraError):
     """A model that loses more by coarser weights than was allowed."""
+
+
+class ComparisonError(HydraError):
+    """Results that cannot be compared as they are: a seed missing from an arm, a figure that is not finite."""

@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "hydra.layers": {"hydra.kernels", "hydra.errors"},
     "hydra.attention": {"hydra.layers", "hydra.kernels", "hydra.errors"},
     "hydra.model": {"hydra.attention", "hydra.routing", "hydra.layers", "hydra.kernels", "hydra.errors"},
+    "hydra.compare": {"hydra.errors"},
     "hydra.data": {"hydra.errors"},
     "hydra.optim": {"hydra.errors"},
     "hydra.runtime": {"hydra.errors"},
@@ -24,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "scripts": {"hydra"},
 }
 TORCH_FREE = (
+    "hydra.compare",
     "hydra.errors",
     "hydra.runtime",
     "hydra.data",
