@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from hydra.attention import plan_layers
 from hydra.data import DataSpec
 from hydra.errors import ConfigError, RunError
+from hydra.runtime import paths
 from hydra.runtime.paths import CONFIG, next_free, workspace_root
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from hydra.runtime.choices import AskedChoices
 
 
-def _as_tuple(value: object) -> object:
+def as_tuple(value: object) -> object:
     """One path may be given as a plain string, several as a YAML or JSON list."""
     if isinstance(value, str):
         return (value,)
@@ -49,12 +50,14 @@ class TrainingConfig:
         ConfigError: naming every unknown name, wrong type and impossible combination, with the closest known name.
     """
 
-    preset_name: Literal["debug", "tiny", "50M", "100M", "250M", "500M", "750M", "1B", "1.5B"] = "debug"
+    module: ClassVar[str] = "scripts.trainer"
+
+    preset_name: Literal["debug", "tiny", "small", "50M", "100M", "250M", "500M", "750M", "1B", "1.5B"] = "debug"
     """The preset these values started from; given as the parameter `preset`."""
 
     # Data
     corpus: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(_as_tuple)
+        tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(as_tuple)
     ] = ("default",)
     """Text to train on: `default` (Python source of pinned packages), or paths of files and folders of UTF-8 text."""
     tokenizer: Annotated[str, Field(min_length=1)] = "bpe"
@@ -170,14 +173,14 @@ class TrainingConfig:
     """What the text samples go on from."""
 
     def __post_init__(self) -> None:
-        _must(
+        must(
             self.micro_batch_size == 0 or self.batch_size % self.micro_batch_size == 0,
             "micro_batch_size",
             f"divide batch_size={self.batch_size}, or be 0 (chosen by memory)",
             self.micro_batch_size,
         )
-        _must(self.d_model % self.n_heads == 0, "n_heads", f"divide d_model={self.d_model}", self.n_heads)
-        _must(
+        must(self.d_model % self.n_heads == 0, "n_heads", f"divide d_model={self.d_model}", self.n_heads)
+        must(
             self.warmup_steps <= self.max_steps,
             "warmup_steps",
             f"be at most max_steps={self.max_steps}",
@@ -202,7 +205,8 @@ class TrainingConfig:
         try:
             return build(values)
         except pydantic.ValidationError as error:
-            raise ConfigError("\n".join(_describe(problem) for problem in error.errors())) from None
+            names = ["preset", *(field.name for field in dataclasses.fields(cls) if field.name != "preset_name")]
+            raise ConfigError("\n".join(describe_problem(problem, names) for problem in error.errors())) from None
 
     @classmethod
     def preset(cls, name: str, /, **fields: object) -> Self:
@@ -213,7 +217,7 @@ class TrainingConfig:
         """
         if name not in PRESETS:
             raise ConfigError(
-                f"preset must be one of {', '.join(PRESETS)}, but got {name!r}{_closest(str(name), PRESETS)}"
+                f"preset must be one of {', '.join(PRESETS)}, but got {name!r}{closest(str(name), PRESETS)}"
             )
         problems = []
         if "preset_name" in fields:
@@ -328,6 +332,19 @@ class TrainingConfig:
         theirs = asdict(other or TrainingConfig.preset(self.preset_name))
         return {name: (theirs[name], mine) for name, mine in asdict(self).items() if theirs[name] != mine}
 
+    def question(self) -> str:
+        """What is asked for, in words."""
+        changed = [
+            f"{name} {json.dumps(value)} (preset: {json.dumps(theirs)})"
+            for name, (theirs, value) in self.differences().items()
+        ]
+        corpus = "the default corpus" if self.corpus == ("default",) else ", ".join(self.corpus)
+        return (
+            f"How well does a model of {self.n_layers} blocks, {self.d_model} wide, with {self.attention} attention "
+            f"learn {corpus} in {self.max_steps:,} steps of {self.batch_size * self.context_length:,} tokens? "
+            f"Preset {self.preset_name}, {'with ' + ', '.join(changed) if changed else 'unchanged'}; seed {self.seed}."
+        )
+
     def papermill_arguments(self) -> list[str]:
         """The `papermill` arguments that ask for this config of a notebook that assigns nothing but `preset`."""
         arguments = [] if self.preset_name == "debug" else ["-p", "preset", self.preset_name]
@@ -385,6 +402,23 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "dtype": "float32",
         "compile_from_step": None,
     },
+    # What attentions are compared with: seconds for each of many runs on 2 CPU cores.
+    "small": {
+        "d_model": 128,
+        "n_layers": 4,
+        "n_heads": 4,
+        "d_feed_forward": 512,
+        "vocab_size": 1024,
+        "context_length": 128,
+        "batch_size": 16,
+        "micro_batch_size": 16,
+        "max_steps": 120,
+        "warmup_steps": 10,
+        "eval_every": 10_000,
+        "checkpoint_every": 10_000,
+        "sample_tokens": 0,
+        "compile_from_step": None,
+    },
     # By number of parameters.
     "50M": _size(
         512, 12, 64, 2, tie_embeddings=True, context_length=1024, batch_size=64, max_steps=15_000, learning_rate=2e-3
@@ -420,7 +454,24 @@ ADDED_LATER: Mapping[str, object] = {
 NOT_YET_A_RUN = (r".*\.ipynb", r"report\.html", r"\..*")
 
 
-def refuse_changed_config(config: TrainingConfig, run_dir: Path) -> None:
+class JobConfig(Protocol):
+    """What a folder under runs/ is made from: a TrainingConfig or a ComparisonConfig."""
+
+    module: ClassVar[str]
+    """What `python -m` starts on the folder."""
+
+    def to_json(self) -> str:
+        """Every field."""
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The config that `to_json` wrote."""
+
+    def differences(self, other: Any = None) -> dict[str, tuple[object, object]]:
+        """Fields that differ from `other`."""
+
+
+def refuse_changed_config(config: JobConfig, run_dir: Path) -> None:
     """Return if `run_dir` is new or holds this very config.
 
     Raises:
@@ -428,7 +479,15 @@ def refuse_changed_config(config: TrainingConfig, run_dir: Path) -> None:
     """
     path = run_dir / CONFIG
     if path.is_file():
-        refuse_difference(config, TrainingConfig.from_json(path.read_text()), run_dir)
+        text = path.read_text()
+        is_comparison = "arms" in paths.read_json(path)
+        if is_comparison != (config.module == "scripts.compare"):
+            kind = "a comparison" if is_comparison else "a training run"
+            raise RunError(
+                f"run_dir must be a new folder or hold what is asked for, but {run_dir} is {kind}; give another "
+                f"run_dir, such as {next_free(run_dir)}"
+            )
+        refuse_difference(config, type(config).from_json(text), run_dir)
     elif run_dir.exists():
         foreign = [
             entry.name
@@ -442,7 +501,7 @@ def refuse_changed_config(config: TrainingConfig, run_dir: Path) -> None:
             )
 
 
-def refuse_difference(config: TrainingConfig, stored: TrainingConfig, run_dir: Path) -> None:
+def refuse_difference(config: JobConfig, stored: JobConfig, run_dir: Path) -> None:
     """Return if the two are the same.
 
     Raises:
@@ -464,27 +523,28 @@ def refuse_difference(config: TrainingConfig, stored: TrainingConfig, run_dir: P
     )
 
 
-def _must(holds: bool, field: str, what: str, got: object) -> None:
+def must(holds: bool, field: str, what: str, got: object) -> None:
+    """Refuse a combination of fields, inside of a check of pydantic's."""
     if not holds:
         raise PydanticCustomError(
             "combination", "{problem}", {"problem": f"{field} must {what}, but got {field}={got!r}"}
         )
 
 
-def _closest(name: str, known: "list[str] | Mapping[str, object]") -> str:
+def closest(name: str, known: "list[str] | Mapping[str, object]") -> str:
+    """The end of a message that names the known name closest to a wrong one; empty when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def _describe(problem: ErrorDetails) -> str:
-    """One line for one of pydantic's findings: the field, what must hold, what was got."""
+def describe_problem(problem: ErrorDetails, names: list[str]) -> str:
+    """One line for one of pydantic's findings: the field, what must hold, what was got; `names` are the known ones."""
     if not problem["loc"]:
         return problem["msg"]
     field = str(problem["loc"][0])
     if problem["type"] == "unexpected_keyword_argument":
         if field == "preset":
             return "preset: a preset is taken by TrainingConfig.preset(name, **fields)"
-        names = ["preset", *(known.name for known in dataclasses.fields(TrainingConfig) if known.name != "preset_name")]
-        return f"{field}: there is no such parameter{_closest(field, names)}"
+        return f"{field}: there is no such parameter{closest(field, names)}"
     must, got = problem["msg"], problem["input"]
     return f"{field}: {must[0].lower()}{must[1:]}, but got {got!r} ({type(got).__name__})"

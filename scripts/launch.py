@@ -8,13 +8,13 @@ from pathlib import Path
 from hydra.errors import RunCutOffError, RunError
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.processes import ProcessIdentity, is_batch, start_process
-from scripts.config import TrainingConfig, refuse_changed_config
+from scripts.config import JobConfig, refuse_changed_config
 
 START_TIMEOUT_S = 180.0  # importing torch from a cold network disk takes its time
 
 
-def launch(config: TrainingConfig, run_dir: str | Path) -> Run:
-    """Start the trainer on `run_dir` and return once it owns the run; attach where one is at work already.
+def launch(config: JobConfig, run_dir: str | Path) -> Run:
+    """Start the trainer, or the comparer, on `run_dir` and return once it owns it; attach where one is at work already.
 
     A finished run is returned as it is. In a batch run (under the engine) the trainer is stopped with a checkpoint
     when this process ends; otherwise it is detached and goes on.
@@ -29,7 +29,7 @@ def launch(config: TrainingConfig, run_dir: str | Path) -> Run:
     if run.status().status in ("done", "running"):
         return run
     process = start_process(
-        [sys.executable, "-m", "scripts.trainer", str(directory)],
+        [sys.executable, "-m", config.module, str(directory)],
         working_dir=workspace_root(),
         log=directory / paths.LOG,
         dies_with_caller=is_batch(),
@@ -45,12 +45,14 @@ def launch(config: TrainingConfig, run_dir: str | Path) -> Run:
                 raise RunCutOffError(
                     f"the trainer was ended (status {process.returncode}) before it began; give the same command again"
                 )
-            raise RunError(f"the trainer must start, but ended with status {process.returncode}:\n{run.log_tail(20)}")
+            raise RunError(
+                f"{config.module} must start, but ended with status {process.returncode}:\n{run.log_tail(20)}"
+            )
         time.sleep(0.05)
-    raise RunError(f"the trainer must own {directory} within {START_TIMEOUT_S} s; see {directory / paths.LOG}")
+    raise RunError(f"{config.module} must own {directory} within {START_TIMEOUT_S} s; see {directory / paths.LOG}")
 
 
-def write_config_once(config: TrainingConfig, run_dir: Path) -> None:
+def write_config_once(config: JobConfig, run_dir: Path) -> None:
     """Make `run_dir` a run of `config`, unless it is one already.
 
     Raises:

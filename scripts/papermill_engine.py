@@ -7,15 +7,16 @@ from hydra.data import check_corpus
 from hydra.errors import ConfigError, RunError
 from hydra.notebook.engine import NotebookEngine, silence_unknown_parameters
 from hydra.notebook.parameters import with_trap_hints
-from hydra.notebook.plan import Plan, Request
+from hydra.notebook.plan import COMPARISON, TRAINING, Plan, Request
 from hydra.runtime import workspace_root
 from hydra.runtime.choices import check_device
 from hydra.runtime.paths import next_free
+from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig, refuse_changed_config
 
 
 class HydraEngine(NotebookEngine):
-    """Executes a notebook whose parameters are fields of `TrainingConfig`."""
+    """Executes a notebook whose parameters are fields of `TrainingConfig`, or of `ComparisonConfig`."""
 
     engine_name = "hydra"
 
@@ -28,13 +29,10 @@ class HydraEngine(NotebookEngine):
             DataError: the corpus is missing or empty.
             RunError: the run directory holds another config.
         """
-        try:
-            config = TrainingConfig.from_parameters(request.parameters)
-        except ConfigError as error:
-            types = {"preset": str, **typing.get_type_hints(TrainingConfig, include_extras=True)}
-            raise with_trap_hints(error, request.parameters, types) from None
-        check_corpus(config.data_spec(), workspace_root())
-        check_device(config.device)
+        config = _read_config(request)
+        training = config.training_config(config.baseline) if isinstance(config, ComparisonConfig) else config
+        check_corpus(training.data_spec(), workspace_root())
+        check_device(training.device)
         arguments = config.papermill_arguments()
         try:
             refuse_changed_config(config, request.run_dir)
@@ -43,27 +41,31 @@ class HydraEngine(NotebookEngine):
             raise RunError(f"{error}\nThe whole command: {command}") from None
         return Plan(
             run_dir=request.run_dir,
+            job=request.job,
             notebook_name=request.notebook_name,
-            question=_question(config),
+            question=config.question(),
             command=request.command(cls.engine_name, arguments, request.run_dir),
             config=json.loads(config.to_json()),
             differences=config.differences(),
         )
 
 
-def _question(config: TrainingConfig) -> str:
-    """What was asked for, in words."""
-    tokens_per_step = config.batch_size * config.context_length
-    changed = [
-        f"{name} {json.dumps(value)} (preset: {json.dumps(theirs)})"
-        for name, (theirs, value) in config.differences().items()
-    ]
-    corpus = "the default corpus" if config.corpus == ("default",) else ", ".join(config.corpus)
-    return (
-        f"How well does a model of {config.n_layers} blocks, {config.d_model} wide, with {config.attention} attention "
-        f"learn {corpus} in {config.max_steps:,} steps of {tokens_per_step:,} tokens? "
-        f"Preset {config.preset_name}, {'with ' + ', '.join(changed) if changed else 'unchanged'}; seed {config.seed}."
-    )
+def _read_config(request: Request) -> TrainingConfig | ComparisonConfig:
+    """The config of the kind of job that the notebook says it is."""
+    kinds: dict[str, type[TrainingConfig] | type[ComparisonConfig]]
+    kinds = {TRAINING: TrainingConfig, COMPARISON: ComparisonConfig}
+    if request.job not in kinds:
+        raise ConfigError(
+            f"a notebook's metadata hydra.job must be one of {', '.join(kinds)}, but got {request.job!r}; correct it"
+        )
+    kind = kinds[request.job]
+    try:
+        return kind.from_parameters(request.parameters)
+    except ConfigError as error:
+        types = {"preset": str, **typing.get_type_hints(TrainingConfig, include_extras=True)}
+        if kind is ComparisonConfig:
+            types |= typing.get_type_hints(ComparisonConfig, include_extras=True)
+        raise with_trap_hints(error, request.parameters, types) from None
 
 
 # papermill logs before it calls an engine: a filter that is to be there must come with the entry point.

@@ -63,6 +63,25 @@ def bar_chart(names: Sequence[str], values: Sequence[float], x_label: str, highl
     return _png(figure)
 
 
+def interval_chart(
+    names: Sequence[str], values: Sequence[float], intervals: Sequence[tuple[float, float] | None], x_label: str
+) -> bytes:
+    """Points with their intervals beside a line at zero, the first on top."""
+    figure, axes = _axes()
+    figure.set_size_inches(SIZE_INCHES[0], 1.2 + 0.42 * len(names))
+    for place, (value, interval) in enumerate(zip(values, intervals, strict=True)):
+        if interval is not None:
+            axes.plot(interval, (place, place), color=GREY, linewidth=2.5, solid_capstyle="butt")
+        axes.plot(value, place, "o", color=BLUE, markersize=6)
+    axes.axvline(0.0, color=VERMILION, linewidth=1.2)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(x_label)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.grid(False, axis="y")
+    return _png(figure)
+
+
 def decimate(x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS) -> tuple[list[float], list[float]]:
     """At most `limit` points that look the same: lowest and highest of every stretch, so that no spike is lost."""
     if len(x) <= limit:

@@ -25,7 +25,7 @@ from hydra.errors import ConfigError, HydraError, RunCutOffError
 from hydra.notebook.interruption import Interruption
 from hydra.notebook.kernel import BatchClient, TruthfulManager
 from hydra.notebook.parameters import RUN_DIR, assigned_parameters, check_names, resolve_run_dir
-from hydra.notebook.plan import Plan, Request
+from hydra.notebook.plan import TRAINING, Plan, Request
 from hydra.notebook.progress import Progress
 from hydra.notebook.storage import make_local_saves_atomic, save_copy
 from hydra.runtime import Run, RunStatus
@@ -226,16 +226,17 @@ class _Batch:
         return BatchError(f"{self._failure}\n{goes_on}: {self._plan.command}\nreport: {_shown(report)}", RESUMABLE)
 
     def _say_all_is_well(self, report: Path, *, to_stderr: bool) -> None:
-        from hydra.notebook.report import answer_line
+        from hydra.notebook.report import JOBS
 
         status = self._run.status()
         if status.status not in ("done", "new"):
             raise BatchError(
-                f"the notebook ended, but its run is {status.status} at step {status.step} of {status.max_steps}\n"
+                f"the notebook ended, but its run is {status.status} at {status.unit} {status.step} of "
+                f"{status.max_steps}\n"
                 f"The same command goes on: {self._plan.command}\nreport: {_shown(report)}",
                 FAILED if status.status == "failed" else RESUMABLE,
             )
-        for line in [*answer_line(self._run), f"report: {_shown(report)}"]:
+        for line in [*JOBS[self._plan.job].lines(self._run), f"report: {_shown(report)}"]:
             click.echo(line, err=to_stderr)
 
     def _was_cut_off(self, error: BaseException) -> bool:
@@ -293,11 +294,14 @@ def _read_request(nb: NotebookNode) -> Request:
     notebook = record.get("input_path")
     name = PurePath(notebook).stem if isinstance(notebook, str) and notebook != "-" else None
     given = parameters.pop(RUN_DIR, None)
+    job = str(nb.metadata.get("hydra", {}).get("job", TRAINING))
     run_dir = resolve_run_dir(given, name)
     output = record.get("output_path")
     if isinstance(output, str) and output != "-":
         _check_output(Path(output).resolve(), notebook, run_dir, is_given=given is not None)
-    return Request(notebook=str(notebook), notebook_name=name or run_dir.name, parameters=parameters, run_dir=run_dir)
+    return Request(
+        notebook=str(notebook), notebook_name=name or run_dir.name, parameters=parameters, run_dir=run_dir, job=job
+    )
 
 
 def _check_output(output: Path, notebook: object, run_dir: Path, *, is_given: bool) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from hydra.notebook.parameters import RUN_DIR, resolve_run_dir
 from hydra.runtime import workspace_root
 
+TRAINING, COMPARISON = "training", "comparison"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -17,6 +19,8 @@ class Request:
     notebook_name: str
     parameters: Mapping[str, object]
     run_dir: Path
+    job: str
+    """What the notebook's metadata say that it does (`hydra.job`): TRAINING or COMPARISON."""
 
     def command(self, engine_name: str, arguments: list[str], run_dir: Path) -> str:
         """What to type in the present folder to run the notebook with these papermill arguments in `run_dir`."""
@@ -33,6 +37,7 @@ class Plan:
 
     Attributes:
         run_dir: absolute.
+        job: TRAINING or COMPARISON.
         question: what was asked for, in one or two sentences.
         command: what to type for the same run, and to go on with one that was cut off.
         config: every field, resolved; {} for a notebook without a config.
@@ -40,6 +45,7 @@ class Plan:
     """
 
     run_dir: Path
+    job: str
     notebook_name: str
     question: str
     command: str

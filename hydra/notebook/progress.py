@@ -22,14 +22,18 @@ def last_training_record(records: Sequence[Mapping[str, object]]) -> Mapping[str
 
 
 def seconds_left(status: RunStatus, record: Mapping[str, object]) -> float | None:
-    """Time to the last step at the newest record's pace, in seconds; None before there is one."""
+    """Time to the end at the newest record's pace, or that of all runs so far, in seconds; None before there is one."""
+    if status.unit == "run":
+        return (status.max_steps - status.step) * status.train_s / status.step if status.step else None
     step_ms = record.get("step_ms")
     return None if not isinstance(step_ms, int | float) else (status.max_steps - status.step) * step_ms / 1000
 
 
 def describe(status: RunStatus, record: Mapping[str, object]) -> str:
     """One line: step, loss, speed, time left."""
-    parts = [f"step {status.step}/{status.max_steps}"]
+    parts = [f"{status.unit} {status.step}/{status.max_steps}"]
+    if status.unit == "run":
+        parts.append(status.stage)
     if "loss_nats" in record:
         parts.append(f"loss {record['loss_nats']:.4f}")
     if "tokens_per_s" in record:

@@ -6,7 +6,8 @@ between them stands the executed notebook. What a run directory holds and no cel
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bs4 import BeautifulSoup, Tag
@@ -15,9 +16,10 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from traitlets.config import Config
 
+from hydra.notebook import comparison
 from hydra.notebook.figures import REPORT_SECTIONS, YARDSTICKS, config_section
-from hydra.notebook.markup import escape, format_number, tiles
-from hydra.notebook.plan import Plan
+from hydra.notebook.markup import Section, escape, format_number, tiles
+from hydra.notebook.plan import COMPARISON, TRAINING, Plan
 from hydra.notebook.progress import format_duration
 from hydra.runtime import Run, RunStatus
 from hydra.runtime.paths import write_atomically
@@ -97,7 +99,8 @@ def _summary(run: Run, plan: Plan, failure: str | None) -> list[str]:
         if status.status in ("failed", "interrupted"):
             cause = ": ".join(part for part in (status.cause, status.message) if part)
             verb = "failed" if status.status == "failed" else "was cut off"
-            happened.append(f"The run {verb} at step {status.step} of {status.max_steps} ({cause}).")
+            where = f"{status.unit} {status.step} of {status.max_steps}"
+            happened.append(f"The run {verb} at {where} ({cause}).")
         told = "".join(f"<p>{escape(_strip_colour(line))}</p>" for line in happened)
         heading = "It did not end well"
         if status.status == "interrupted":
@@ -110,8 +113,10 @@ def _summary(run: Run, plan: Plan, failure: str | None) -> list[str]:
             else ""
         )
         parts.append(f'<section class="failure" role="alert"><h2 id="failure">{heading}</h2>{told}{tail}</section>')
-    parts.append(f'<p class="question">{escape(plan.question)}</p><p class="answer">{escape(_answer(run, status))}</p>')
-    parts.append(f"<h2 id='status-and-cost'>Status and cost</h2>{tiles(_cost(status))}")
+    parts.append(
+        f'<p class="question">{escape(plan.question)}</p><p class="answer">{escape(JOBS[plan.job].answer(run, status))}</p>'
+    )
+    parts.append(f"<h2 id='status-and-cost'>Status and cost</h2>{tiles(JOBS[plan.job].cost(status))}")
     return parts
 
 
@@ -150,7 +155,7 @@ def _appendix(run: Run, plan: Plan, nb: NotebookNode) -> list[str]:
     )
     missing = [("Config", config_section(plan.config, plan.differences))] if plan.config else []
     if run.manifest() or run.metrics() or run.environment():
-        missing += [(title, build(run)) for title, build in REPORT_SECTIONS]
+        missing += [(title, build(run)) for title, build in JOBS[plan.job].sections]
     parts = [
         f'<section><h2 id="{section.name}">{escape(title)}</h2>{section.to_html()}</section>'
         for title, section in missing
@@ -171,6 +176,22 @@ def _yardsticks(run: Run) -> Sequence[tuple[str, float]]:
     return [
         (YARDSTICKS[key], float(known[key])) for key in YARDSTICKS if key in known and not key.startswith("unigram")
     ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """How the report of one kind of notebook tells what came of it."""
+
+    answer: Callable[[Run, RunStatus], str]
+    cost: Callable[[RunStatus], Mapping[str, object]]
+    sections: Sequence[tuple[str, Callable[[Run], Section]]]
+    lines: Callable[[Run], list[str]]
+
+
+JOBS = {
+    TRAINING: Job(_answer, _cost, REPORT_SECTIONS, answer_line),
+    COMPARISON: Job(comparison.answer, comparison.cost, comparison.SECTIONS, comparison.answer_lines),
+}
 
 
 def _exporter() -> HTMLExporter:

@@ -15,7 +15,7 @@ BEGIN_WITHIN_S = 120.0
 
 
 def watch(run: Run) -> None:
-    """Print where the run stands every few seconds until it ends, then leave one figure of its loss.
+    """Print where the run stands every few seconds until it ends, then leave one figure of its loss, if it has one.
 
     A run that failed or was cut off is told, not raised: the cells behind show what there is, and
     `run.raise_for_status()` raises. Ctrl-C, or the stop button, ends the watching and not the run.
@@ -26,12 +26,13 @@ def watch(run: Run) -> None:
         status = run.status()
         if status.is_alive:
             click.echo(
-                f"stopped watching at step {status.step}; the run goes on as process {status.pid}. "
+                f"stopped watching at {status.unit} {status.step}; the run goes on as process {status.pid}. "
                 "watch(run) follows it again, run.stop() ends it."
             )
     else:
         click.echo(_last_line(run, status))
-    loss_section(run).show()
+    if status.unit == "step":
+        loss_section(run).show()
 
 
 def _follow(run: Run) -> RunStatus:
@@ -56,7 +57,7 @@ def _follow(run: Run) -> RunStatus:
 
 
 def _last_line(run: Run, status: RunStatus) -> str:
-    head = f"{run.name} is {status.status} at step {status.step} of {status.max_steps}"
+    head = f"{run.name} is {status.status} at {status.unit} {status.step} of {status.max_steps}"
     head += f", {format_duration(status.train_s)} in all"
     if status.val_bits_per_byte is not None:
         head += f"; validation {status.val_bits_per_byte:.3f} bits per byte"

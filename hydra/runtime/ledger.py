@@ -30,6 +30,8 @@ class RunStatus:
 
     status: Status = "new"
     stage: str = "not started"
+    unit: str = "step"
+    """What is counted: optimizer steps of a training run, runs of a comparison."""
     step: int = 0
     max_steps: int = 0
     tokens: int = 0
@@ -117,7 +119,7 @@ class Ledger:
             ) from None
         return cls(run_dir, _read_stored(run_dir), descriptor)
 
-    def begin(self, max_steps: int) -> None:
+    def begin(self, max_steps: int, unit: str = "step") -> None:
         """Write that this process is at work on the run, and keep the heartbeat fresh from now on."""
         paths.remove_abandoned_temporaries(self.run_dir)
         before = self.state
@@ -127,6 +129,7 @@ class Ledger:
             status="running",
             stage="starting",
             max_steps=max_steps,
+            unit=unit,
             restarts=before.restarts + (before.status != "new"),
             cause=None,
             message=None,

@@ -14,6 +14,7 @@ MEMORY_PLAN = "memory.json"
 MANIFEST = "data.json"
 TOKENIZER = "tokenizer.json"
 METRICS = "metrics.jsonl"
+RESULTS = "results.json"  # of a comparison
 SAMPLES = "samples.jsonl"
 LOG = "trainer.log"
 LOCK = "lock"

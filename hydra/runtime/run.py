@@ -45,7 +45,7 @@ class Run:
 
     def __repr__(self) -> str:
         status = self.status()
-        return f"Run({self.name}: {status.status}, step {status.step} of {status.max_steps})"
+        return f"Run({self.name}: {status.status}, {status.unit} {status.step} of {status.max_steps})"
 
     def status(self) -> RunStatus:
         """Where the run stands, reconciled with what is alive."""
@@ -123,7 +123,7 @@ class Run:
         happened = ": ".join(part for part in (status.cause, status.message) if part) or status.stage
         kind = RunCutOffError if status.status == "interrupted" else RunError
         raise kind(
-            f"run {self.name} is not done but {status.status}, at step {status.step} of {status.max_steps} "
+            f"run {self.name} is not done but {status.status}, at {status.unit} {status.step} of {status.max_steps} "
             f"({happened}); {advice}"
         )
 

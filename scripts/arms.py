@@ -1,0 +1,151 @@
+"""The arms of a comparison made equal: widths solved for, and what each then has in parameters, FLOPs and cache.
+
+Parameters and FLOPs are straight lines in the width of the feed-forward layer, so that two models without memory give
+the width; the cache is set by one option of each backend, for which the values that there are get tried.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from hydra.attention.plan import parse_plan
+from hydra.errors import ConfigError
+from hydra.model.framework import HydraModel
+from scripts.comparison import ComparisonConfig
+from scripts.config import TrainingConfig
+
+CACHE_OPTIONS = {"gqa": "n_kv_heads", "ccgqa": "n_kv_heads", "mla": "kv_latent_width"}
+"""The option of each backend that sets what its cache holds of a token."""
+CACHE_TOLERANCE = 0.1
+"""How far, as a share, an arm's cache may be from what is asked for and still be called equal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One attention in one comparison, with the config of its runs and what a model of it has."""
+
+    name: str
+    """As it was asked for."""
+    attention: str
+    """As it is trained: with the option that makes caches equal."""
+    config: TrainingConfig
+    n_parameters: int
+    forward_flops: int
+    """Of one row of context_length tokens, causal pairs."""
+    cache_bytes: int
+    """Of one row of context_length tokens, by formula, with numbers of 2 bytes (states keep their own dtype)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a report shows of it."""
+        return {
+            "name": self.name,
+            "attention": self.attention,
+            "d_feed_forward": self.config.d_feed_forward,
+            "n_parameters": self.n_parameters,
+            "forward_flops": self.forward_flops,
+            "cache_bytes": self.cache_bytes,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """An attention that cannot be made equal in what is asked for, and why."""
+
+    name: str
+    reason: str
+
+
+def build_arms(config: ComparisonConfig, equal: str) -> tuple[list[Arm], list[LeftOut]]:
+    """The baseline, then every arm that can be made equal to it in `equal`, and those that cannot.
+
+    Raises:
+        ConfigError: the baseline itself has no cache of the size that is asked for.
+    """
+    baseline, arms, left_out = config.baseline, [], []
+    base = measure(config.training_config(baseline), baseline, baseline)
+    if equal == "kv_bytes":
+        attention = solve_cache(config, baseline, round(config.kv_share * base.cache_bytes))
+        base = solve_feed_forward(config, baseline, attention, "parameters", base.n_parameters)
+    arms.append(base)
+    target = base.forward_flops if equal == "flops" else base.n_parameters
+    for name in config.arms:
+        try:
+            attention = solve_cache(config, name, base.cache_bytes) if equal == "kv_bytes" else name
+            quantity = "flops" if equal == "flops" else "parameters"
+            arms.append(solve_feed_forward(config, name, attention, quantity, target))
+        except ConfigError as error:
+            left_out.append(LeftOut(name, str(error)))
+    return arms, left_out
+
+
+def measure(config: TrainingConfig, name: str, attention: str) -> Arm:
+    """What a model of the config has, from one that takes no memory."""
+    with torch.device("meta"):
+        model = HydraModel(config.model_spec()).to(torch.bfloat16)
+    n_tokens = config.context_length
+    layers = [block.attention for block in model.typed_blocks()]
+    cache_bytes = sum(layer.kv_bytes_per_token * n_tokens + layer.constant_state_bytes for layer in layers)
+    return Arm(name, attention, config, model.n_parameters(), model.forward_flops(n_tokens), cache_bytes)
+
+
+def solve_feed_forward(config: ComparisonConfig, name: str, attention: str, equal: str, target: int) -> Arm:
+    """The arm whose feed-forward width brings `parameters` or `flops` closest to the target.
+
+    Raises:
+        ConfigError: its attention alone has more than that.
+    """
+
+    def build(width: int) -> Arm:
+        return measure(config.training_config(attention, d_feed_forward=width), name, attention)
+
+    def count(arm: Arm) -> int:
+        return arm.forward_flops if equal == "flops" else arm.n_parameters
+
+    at_one = count(build(1))
+    slope = count(build(2)) - at_one
+    width = 1 + round((target - at_one) / slope)
+    if width < 1:
+        raise ConfigError(
+            f"without its feed-forward layers it must stay below the baseline's {target:,} {equal}, but has "
+            f"{at_one - slope:,}; give it fewer heads or a smaller latent"
+        )
+    return build(width)
+
+
+def solve_cache(config: ComparisonConfig, attention: str, target_bytes: int) -> str:
+    """The plan with the option that brings the cache of a row closest to the target, the same in all layers.
+
+    Raises:
+        ConfigError: no layer has such an option, or none of its values comes close.
+    """
+    entries = parse_plan(attention)
+    free = [name for name, _ in entries if name in CACHE_OPTIONS]
+    if not free:
+        raise ConfigError("no layer of it has an option that sets the size of its cache")
+    best: Arm | None = None
+    for value in range(1, config.training_config(attention).d_model + 1):
+        plan = ", ".join(write_entry(name, {**options, **cache_option(name, value)}) for name, options in entries)
+        try:
+            candidate = measure(config.training_config(plan), attention, plan)
+        except ConfigError:
+            continue
+        if best is None or abs(candidate.cache_bytes - target_bytes) < abs(best.cache_bytes - target_bytes):
+            best = candidate
+        if candidate.cache_bytes > target_bytes:
+            break
+    if best is None or abs(best.cache_bytes / target_bytes - 1) > CACHE_TOLERANCE:
+        nearest = "" if best is None else f"; the nearest, {best.attention}, has {best.cache_bytes:,}"
+        raise ConfigError(f"no value of its options gives a row a cache of {target_bytes:,} bytes{nearest}")
+    return best.attention
+
+
+def cache_option(name: str, value: int) -> dict[str, int]:
+    """The option of a backend that sets its cache, with that value; nothing for a backend without one."""
+    return {CACHE_OPTIONS[name]: value} if name in CACHE_OPTIONS else {}
+
+
+def write_entry(name: str, options: dict[str, Any]) -> str:
+    """One layer of a plan as text."""
+    inside = ", ".join(f"{option}={value}" for option, value in options.items())
+    return f"{name}({inside})" if inside else name

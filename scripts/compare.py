@@ -1,0 +1,240 @@
+"""The one comparer. `python -m scripts.compare DIR` runs the comparison that config.json in there describes, or goes
+on with it.
+
+Every arm's learning rate is chosen on a seed of its own, from equally many; then each arm trains on the same seeds. A
+run is a folder under DIR/runs, named by the hash of its config: arms that come to the same model share it, and what is
+done stays done after a kill. `results.json` is written anew after every run.
+"""
+
+import hashlib
+import logging
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.compare import ArmResult, Comparison, LearningRateChoice, choose_learning_rates, compare_arms
+from hydra.errors import ComparisonError, ConfigError, HydraError, NotFiniteError
+from hydra.runtime import Run, paths, workspace_root
+from hydra.runtime.environment import describe_session, record_session
+from hydra.runtime.ledger import Ledger
+from hydra.runtime.logs import FORMAT, logging_to
+from hydra.runtime.records import append_record, keep_records
+from hydra.runtime.signals import StopRequest
+from scripts.arms import Arm, LeftOut, build_arms
+from scripts.attention_costs import measure_costs
+from scripts.comparison import ComparisonConfig
+from scripts.config import TrainingConfig
+from scripts.trainer import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, Trainer
+
+logger = logging.getLogger(__name__)
+TUNING_SEED = 1_000_000
+"""Learning rates are chosen on this seed, which is none of those that arms are compared on."""
+UNIT = "bits per byte"
+
+
+class Stopped(Exception):
+    """A stop was asked for; what was done is kept."""
+
+
+class _ArmTrainer(Trainer):
+    """Tells the comparison, too, that it was stopped where a trainer ends its process on the spot."""
+
+    comparison: Ledger
+
+    def _abandon_preparation(self, signal_name: str) -> None:
+        self.comparison.finish("interrupted", stage="stopped", cause=signal_name, message=f"stopped by {signal_name}")
+        super()._abandon_preparation(signal_name)
+
+
+class Comparer:
+    """Runs what a ComparisonConfig describes, in its folder."""
+
+    def __init__(self, config: ComparisonConfig, run_dir: Path, stop: StopRequest) -> None:
+        self.config, self.run_dir, self.stop = config, run_dir, stop
+        self.results: dict[str, Any] = {"comparisons": {}}
+        self.n_done = 0
+
+    def run(self) -> str:
+        """Run to the end, or to a stop request; returns the status.
+
+        Raises:
+            RunError: the folder has an owner.
+            HydraError: as the ledger then says.
+        """
+        self.ledger = Ledger.open(self.run_dir)
+        try:
+            if self.ledger.state.status != "done":
+                with logging_to(self.run_dir / paths.LOG):
+                    self._run_as_owner()
+            return self.ledger.state.status
+        finally:
+            self.ledger.close()
+
+    def _run_as_owner(self) -> None:
+        config = self.config
+        self.ledger.begin(self._count_runs(), unit="run")
+        record_session(self.run_dir, describe_session(), {})
+        keep_records(self.run_dir / paths.METRICS, lambda step: False)
+        self.results = paths.read_json(self.run_dir / paths.RESULTS) or self.results
+        try:
+            for equal in config.equal:
+                self._compare(equal)
+            self.ledger.update(stage="measuring speed and memory")
+            for costs in measure_costs(config, self.results.get("costs", {}), self.results["comparisons"]):
+                self._refuse_if_stopped()
+                self.results["costs"] = costs
+                self._write()
+        except Stopped:
+            signal_name = self.stop.signal_name
+            self.ledger.finish("interrupted", stage="stopped", cause=signal_name, message=f"stopped by {signal_name}")
+            return
+        except BaseException as error:
+            cause = type(error).__name__ if isinstance(error, HydraError) else "error"
+            self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=str(error))
+            raise
+        self.ledger.update(step=self.ledger.state.max_steps)
+        self.ledger.finish("done", stage="done")
+
+    def _count_runs(self) -> int:
+        """Runs of every arm if each could be made equal and none were shared."""
+        config = self.config
+        return len(config.equal) * (1 + len(config.arms)) * (len(config.learning_rate_factors) + config.n_seeds)
+
+    # ---------------------------------------------------------------- one comparison
+
+    def _compare(self, equal: str) -> None:
+        """All arms made equal in one thing: choose their learning rates, train them on the seeds, compare."""
+        config = self.config
+        self.ledger.update(stage=f"solving for equal {equal}")
+        arms, left_out = build_arms(config, equal)
+        self.n_done += len(left_out) * (len(config.learning_rate_factors) + config.n_seeds)
+        found: dict[str, Any] = {"arms": [arm.to_dict() for arm in arms], "left_out": [asdict(one) for one in left_out]}
+        self.results["comparisons"][equal] = found
+        base = config.training_config(config.baseline)
+        rate = base.muon_learning_rate if base.optimizer == "muon" else base.learning_rate
+        factor_of = {factor * rate: factor for factor in config.learning_rate_factors}
+        tuning: dict[str, dict[float, float]] = {arm.name: {} for arm in arms}
+        for rate, factor in factor_of.items():
+            for arm in arms:
+                run_config = self._config_of(arm, factor, TUNING_SEED)
+                tuning[arm.name][rate] = self._train(run_config, f"equal {equal}: {arm.name}, rate {rate:g}")[0]
+        choices = choose_learning_rates(tuning)
+        found["learning_rates"] = {name: _describe_choice(choices[name], tuning[name], name) for name in tuning}
+        results = []
+        for arm in arms:
+            by_seed = {}
+            for seed in range(config.n_seeds):
+                run_config = self._config_of(arm, factor_of[choices[arm.name].learning_rate], seed)
+                by_seed[seed] = self._train(run_config, f"equal {equal}: {arm.name}, seed {seed}")
+            if not all(math.isfinite(figure) for figure, _ in by_seed.values()):
+                left_out.append(_diverged(arm, by_seed))
+                continue
+            figure_of, seconds_of = ({seed: pair[index] for seed, pair in by_seed.items()} for index in (0, 1))
+            results.append(ArmResult(arm.name, figure_of, seconds_of))
+        found["left_out"] = [asdict(one) for one in left_out]
+        found["figures"] = {result.name: {str(s): value for s, value in result.figures.items()} for result in results}
+        if config.baseline not in found["figures"]:
+            raise ComparisonError(
+                f"the baseline {config.baseline} must train without diverging, but did not; lower learning_rate and "
+                "muon_learning_rate"
+            )
+        comparison: Comparison | None = None
+        if len(results) > 1:
+            comparison = compare_arms(results, config.baseline, confidence=config.confidence, unit=UNIT)
+        found["comparison"] = None if comparison is None else comparison.to_dict()
+        self._write()
+
+    def _config_of(self, arm: Arm, factor: float, seed: int) -> TrainingConfig:
+        base = self.config.training_config(self.config.baseline)
+        return self.config.training_config(
+            arm.attention,
+            d_feed_forward=arm.config.d_feed_forward,
+            learning_rate=factor * base.learning_rate,
+            muon_learning_rate=factor * base.muon_learning_rate,
+            seed=seed,
+        )
+
+    def _train(self, config: TrainingConfig, stage: str) -> tuple[float, float]:
+        """Validation bits per byte of a run (infinite where it diverged), and its seconds; trained unless it was."""
+        self._refuse_if_stopped()
+        self.ledger.update(stage=stage)
+        run_dir = self.run_dir / "runs" / hashlib.sha256(config.to_json().encode()).hexdigest()[:16]
+        run = Run(run_dir)
+        if not _is_settled(run):
+            trainer = _ArmTrainer(config, run_dir, self.stop)
+            trainer.comparison = self.ledger
+            run_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                trainer.train()
+            except NotFiniteError as error:
+                logger.warning("%s: %s", stage, error)
+        self._refuse_if_stopped()
+        status = run.status()
+        figure = math.inf
+        if status.status == "done":
+            assert status.val_bits_per_byte is not None
+            figure = status.val_bits_per_byte
+            shutil.rmtree(run_dir / paths.CHECKPOINTS, ignore_errors=True)  # hundreds of runs' weights fill a disk
+        self.n_done += 1
+        self.ledger.update(step=self.n_done, tokens=self.ledger.state.tokens + status.tokens)
+        record = {"step": self.n_done, "run": run_dir.name, "what": stage, "seconds": round(status.train_s, 3)}
+        if math.isfinite(figure):
+            record["val_bits_per_byte"] = figure
+        append_record(self.run_dir / paths.METRICS, record)
+        return figure, status.train_s
+
+    def _refuse_if_stopped(self) -> None:
+        if self.stop.is_set:
+            raise Stopped
+
+    def _write(self) -> None:
+        paths.write_json(self.run_dir / paths.RESULTS, self.results)
+
+
+def _is_settled(run: Run) -> bool:
+    """Whether the run is done, or its numbers are: what failed for another reason is tried again."""
+    status = run.status()
+    return status.status == "done" or (status.status == "failed" and status.cause == "not finite")
+
+
+def _describe_choice(choice: LearningRateChoice, figures: Mapping[float, float], name: str) -> dict[str, Any]:
+    tried = {f"{rate:g}": figure if math.isfinite(figure) else None for rate, figure in figures.items()}
+    return {"tried": tried, "chosen": choice.learning_rate, "warning": choice.warning(name)}
+
+
+def _diverged(arm: Arm, by_seed: Mapping[int, tuple[float, float]]) -> LeftOut:
+    seeds = [seed for seed, (figure, _) in by_seed.items() if not math.isfinite(figure)]
+    return LeftOut(arm.name, f"it diverged on seed {', '.join(map(str, seeds))} at the rate that was best in tuning")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the comparison of the folder that is the one argument; returns the exit status, as that of a trainer."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        sys.stderr.write("usage: python -m scripts.compare DIR (a folder with a config.json; there are no flags)\n")
+        return EXIT_BAD_CONFIG
+    run_dir = (workspace_root() / arguments[0]).resolve()
+    logging.basicConfig(level=logging.INFO, format=FORMAT)
+    try:
+        config = ComparisonConfig.from_json((run_dir / paths.CONFIG).read_text())
+    except (OSError, ValueError, ConfigError) as error:
+        logger.error("%s must hold the config of a comparison, but: %s", run_dir / paths.CONFIG, error)
+        return EXIT_BAD_CONFIG
+    stop = StopRequest()
+    stop.listen()
+    try:
+        status = Comparer(config, run_dir, stop).run()
+    except HydraError as error:
+        logger.error("%s", error)
+        return EXIT_FAILED
+    return EXIT_DONE if status == "done" else EXIT_RESUMABLE
+
+
+if __name__ == "__main__":
+    exit_status = main(sys.argv[1:])
+    logging.shutdown()
+    os._exit(exit_status)

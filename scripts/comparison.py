@@ -1,0 +1,190 @@
+"""`ComparisonConfig`: which attentions are compared, made equal in what, over which seeds. Torch is not imported."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from hydra.errors import ConfigError
+from scripts.config import PRESETS, TrainingConfig, as_tuple, closest, describe_problem, must
+
+EQUALITIES: tuple[Literal["parameters", "flops", "kv_bytes"], ...] = ("parameters", "flops", "kv_bytes")
+# What every arm gets from the comparison itself.
+TAKEN = {
+    "attention": "name attentions in arms and baseline",
+    "attention_options": "write options into a plan's brackets, as gqa(n_kv_heads=1)",
+    "d_feed_forward": "it is solved for, so that arms are equal",
+    "seed": "give n_seeds",
+}
+DEFAULT_ARMS = (
+    "gqa(n_kv_heads=1)",
+    "ccgqa",
+    "mla",
+    "3*lightning, gqa(n_kv_heads=4)",
+    "3*gqa(n_kv_heads=4, window=32), gqa(n_kv_heads=4)",
+)
+
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+@dataclass(
+    frozen=True,
+    kw_only=True,
+    config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True),
+)
+class ComparisonConfig:
+    """Everything that decides what a comparison computes. The defaults take minutes on two cores.
+
+    Raises:
+        ConfigError: naming every unknown name, wrong type and impossible combination, with the closest known name.
+    """
+
+    module: ClassVar[str] = "scripts.compare"
+
+    preset: str = "small"
+    """What all arms share: a preset of TrainingConfig, whose d_feed_forward is the baseline's."""
+    fields: dict[str, Any] = Field(default_factory=dict)
+    """Fields of TrainingConfig in place of the preset's. As parameters they are given by their own names."""
+    baseline: Annotated[str, Field(min_length=1)] = "gqa(n_kv_heads=4)"
+    """The attention that each arm is compared with: a backend or a layer plan."""
+    arms: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(as_tuple)] = (
+        DEFAULT_ARMS
+    )
+    """The attentions that are compared with it."""
+    equal: Annotated[
+        tuple[Literal["parameters", "flops", "kv_bytes"], ...], Field(min_length=1), BeforeValidator(as_tuple)
+    ] = EQUALITIES
+    """What is made equal, one comparison for each: `parameters` and `flops` (forward, of one row) by the width of the
+    feed-forward layer; `kv_bytes` (cache of one row) by the option that sets the cache, with equal parameters."""
+    kv_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """Cache of a row in the comparison at equal kv_bytes, as a share of the baseline's as it is written."""
+    n_seeds: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Seeds of each arm, the same for all; fewer than 3 give no verdict."""
+    learning_rate_factors: Annotated[tuple[Positive, ...], Field(min_length=3), BeforeValidator(as_tuple)] = (
+        0.5,
+        1.0,
+        2.0,
+    )
+    """What the preset's learning rates are multiplied by, to find the best for each arm on a seed of its own."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.95
+    """Of the intervals; 1 less this is the chance of a wrong verdict among all arms of one comparison."""
+    cost_lengths: Annotated[tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(as_tuple)] = (128, 512, 2048)
+    """Tokens of a row at which speed and memory are measured."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("arms", (self.baseline, *self.arms)), ("equal", self.equal)):
+            must(len(set(values)) == len(values), name, "be distinct, and other than the baseline", list(values))
+        factors = self.learning_rate_factors
+        must(len(set(factors)) == len(factors), "learning_rate_factors", "be distinct", list(factors))
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _refuse_plainly(cls, values: Any, build: Callable[[Any], Self]) -> Self:
+        try:
+            config = build(values)
+        except pydantic.ValidationError as error:
+            names = [*known_names(), "run_dir"]
+            raise ConfigError("\n".join(describe_problem(problem, names) for problem in error.errors())) from None
+        problems = [f"{name}: {TAKEN[name]}" for name in config.fields if name in TAKEN]
+        for attention in (config.baseline, *config.arms):
+            try:
+                config.training_config(attention)
+            except ConfigError as error:
+                problems += [line for line in str(error).splitlines() if line not in problems]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return config
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, object]) -> Self:
+        """The comparison that a notebook's parameters ask for: own fields, and TrainingConfig's, by name.
+
+        Raises:
+            ConfigError: as above.
+        """
+        own = {field.name for field in dataclasses.fields(cls)} - {"fields"}
+        unknown = [name for name in parameters if name not in known_names()]
+        if unknown:
+            listed = (f"{name}: there is no such parameter{closest(name, known_names())}" for name in unknown)
+            raise ConfigError("\n".join(listed))
+        fields = {name: value for name, value in parameters.items() if name not in own}
+        values: dict[str, Any] = {name: value for name, value in parameters.items() if name in own}
+        return cls(**values, fields=fields)
+
+    def training_config(self, attention: str, **fields: Any) -> TrainingConfig:
+        """The run of one attention; `fields` come before the comparison's own."""
+        return TrainingConfig.preset(self.preset, **{**self.fields, "attention": attention, **fields})
+
+    def to_json(self) -> str:
+        """Every field, as config.json holds it."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The comparison that `to_json` wrote.
+
+        Raises:
+            ConfigError: it is none, or a field is missing, unknown or invalid.
+        """
+        stored = json.loads(text)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(stored, dict) or set(stored) != names:
+            raise ConfigError(f"a stored comparison must be an object with the fields {', '.join(sorted(names))}")
+        return cls(**stored)
+
+    def differences(self, other: "ComparisonConfig | None" = None) -> dict[str, tuple[object, object]]:
+        """Fields that differ from `other` (left out: from the defaults), as (other's value, own value)."""
+        theirs, mine = _flat(other or ComparisonConfig()), _flat(self)
+        names = dict.fromkeys([*theirs, *mine])
+        shared = {} if other is None else _preset_fields(other)
+        return {
+            name: (theirs.get(name, shared.get(name)), mine.get(name))
+            for name in names
+            if theirs.get(name) != mine.get(name)
+        }
+
+    def papermill_arguments(self) -> list[str]:
+        """The `papermill` arguments that ask for this comparison."""
+        arguments: list[str] = []
+        for name, value in _flat(self).items():
+            if value == _flat(ComparisonConfig()).get(name):
+                continue
+            if isinstance(value, str):
+                arguments += ["-r", name, value]
+            elif isinstance(value, bool | int | float):
+                arguments += ["-p", name, repr(value)]
+            else:
+                arguments += ["-y", json.dumps({name: value})]
+        return arguments
+
+    def question(self) -> str:
+        """What is asked for, in words."""
+        base = self.training_config(self.baseline)
+        changed = [f"{name} {json.dumps(mine)}" for name, (_, mine) in self.differences().items()]
+        return (
+            f"Which attention, for what? {', '.join(self.arms)} against {self.baseline}, at equal "
+            f"{', equal '.join(name.replace('_', ' ') for name in self.equal)}: models of {base.n_layers} blocks, "
+            f"{base.d_model} wide, on {base.max_steps:,} steps of {base.batch_size * base.context_length:,} tokens, "
+            f"{self.n_seeds} seeds. Preset {self.preset}, {'with ' + ', '.join(changed) if changed else 'unchanged'}."
+        )
+
+
+def known_names() -> list[str]:
+    """Every parameter of a comparison."""
+    own = [field.name for field in dataclasses.fields(ComparisonConfig) if field.name != "fields"]
+    shared = [field.name for field in dataclasses.fields(TrainingConfig) if field.name != "preset_name"]
+    return [*own, *(name for name in shared if name not in own)]
+
+
+def _flat(config: ComparisonConfig) -> dict[str, Any]:
+    values = asdict(config)
+    return {**values.pop("fields"), **values}
+
+
+def _preset_fields(config: ComparisonConfig) -> Mapping[str, object]:
+    return PRESETS[config.preset]
