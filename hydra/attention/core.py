@@ -109,6 +109,7 @@ def _blocked(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSE: Tensor, context: AttentionC
 def _single_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSE: Tensor, context: AttentionContext, scale: float) -> Tensor:
     assert context.mask_B1TS is not None, "a decode step has a mask"
     assert scale == q_BN1H.shape[-1] ** -0.5, scale
+    assert q_BN1H.shape[-1] == v_BKSE.shape[-1], "the C++ loops share one width"
     return native_single_query_attention(q_BN1H, k_BKSH, v_BKSE, context.mask_B1TS)
 
 
@@ -123,15 +124,18 @@ def _flash(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSE: Tensor, context: AttentionCon
     """By flash-attn's functions of fixed or, where documents or a window hide something, of variable length."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    q, k, v = (x.transpose(1, 2) for x in (q_BNTH, k_BKSH, v_BKSE))
+    # flash-attn takes one width: zeros add nothing to scores, and columns of zeros to outputs.
+    width, value_width = max(q_BNTH.shape[-1], v_BKSE.shape[-1]), v_BKSE.shape[-1]
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2) for x in (q_BNTH, k_BKSH, v_BKSE))
     sequences: FlashSequences = context.kernel_data
     how = {"softmax_scale": scale, "causal": True, "window_size": sequences.window}
     if sequences.starts is None:
-        return flash_attn_func(q, k, v, **how).transpose(1, 2)  # causal from the bottom right since flash-attn 2.1
+        # Causal from the bottom right since flash-attn 2.1.
+        return flash_attn_func(q, k, v, **how)[..., :value_width].transpose(1, 2)
     starts, longest = sequences.starts, q.shape[1]
     packed = (x.flatten(0, 1) for x in (q, k, v))
     out_XNE = flash_attn_varlen_func(*packed, starts, starts, longest, longest, **how)
-    return out_XNE.unflatten(0, q.shape[:2]).transpose(1, 2)
+    return out_XNE[..., :value_width].unflatten(0, q.shape[:2]).transpose(1, 2)
 
 
 _COMPUTE = {

@@ -43,8 +43,8 @@ class AttentionSpec:
         return self.d_model // self.n_heads
 
     @classmethod
-    def default_options(cls, n_heads: int, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of the options that `options` does not name; they may depend on n_heads and on those it does."""
+    def default_options(cls, d_model: int, n_heads: int, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of the options that `options` does not name; they may depend on the shape and on those it does."""
         raise NotImplementedError
 
     @classmethod
@@ -64,9 +64,10 @@ class AttentionSpec:
                 type or range, or a combination that cannot be; the message names the field.
         """
         check_known("option", options, cls.option_names())
+        check_int("d_model", d_model)
         check_int("n_heads", n_heads)
         # Defaults may be computed from other options, so what was asked for is checked in __post_init__ after filling.
-        defaults = cls.default_options(n_heads, options)
+        defaults = cls.default_options(d_model, n_heads, options)
         values = {name: options[name] if name in options else defaults[name] for name in cls.option_names()}
         return cls(d_model=d_model, n_heads=n_heads, layer_index=layer_index, n_layers=n_layers, **values)
 

@@ -1,5 +1,10 @@
 """Fast operators against their slow references: outputs and every gradient, at odd lengths, in NaN-poisoned memory."""
 
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,6 +109,33 @@ def test_flex_attention_sees_the_same() -> None:
                 for kernel in ("flex", "scaled_dot_product")
             )
             assert_close(flex, plain, torch.float32, hidden)
+
+
+@pytest.mark.parametrize("value_width", [10, 16, 24])
+@pytest.mark.parametrize("hidden", ["nothing", "documents"])
+def test_flash_attention_is_given_one_width(hidden: str, value_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in of the package's two functions in plain torch, which takes what the package takes."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, window_size: tuple) -> Tensor:
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        assert (causal, window_size) == (True, (-1, -1))
+        mask_11TS = to_additive(interval_mask(torch.zeros(1, q.shape[1]), 0), torch.float64)[:, None]
+        q = q * softmax_scale * q.shape[-1] ** 0.5
+        return slow_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask_11TS).transpose(1, 2)
+
+    def attend_packed(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *others: Any, **how: Any) -> Tensor:
+        parts = [attend(*(x[None, start:stop] for x in (q, k, v)), **how)[0] for start, stop in pairwise(starts)]
+        return torch.cat(parts)
+
+    stand_in = SimpleNamespace(flash_attn_func=attend, flash_attn_varlen_func=attend_packed)
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    q, k = (random_activations(2, heads, 23, 16, seed=heads) for heads in (4, 2))
+    v = random_activations(2, 2, 23, value_width, seed=3)
+    flash, plain = (
+        softmax_attention(q, k, v, context_of(23, 23, torch.float64, kernel, hidden))
+        for kernel in ("flash", "scaled_dot_product")
+    )
+    assert_close(flash, plain, torch.float64, "outputs")
 
 
 @pytest.mark.parametrize("kernel", ["scaled_dot_product", "blocked"])

@@ -5,6 +5,7 @@ import pytest
 from hydra.attention import check_options
 from hydra.attention.backends.ccgqa.spec import CCGQASpec
 from hydra.attention.backends.gqa.spec import GQASpec
+from hydra.attention.backends.mla.spec import MLASpec
 from hydra.attention.registry import load_spec_class
 from hydra.attention.spec import AttentionSpec
 from hydra.errors import ConfigError
@@ -34,6 +35,18 @@ def test_ccgqa_defaults(n_heads: int, n_query_heads: int, n_kv_heads: int) -> No
     assert (spec.conv_kernel_0, spec.conv_kernel_1, spec.rope_base, spec.rotary_fraction) == (2, 2, 10000.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("d_model", "n_heads", "latent", "rotary", "head"),
+    [(2048, 16, 512, 64, 128), (7168, 128, 224, 28, 56), (64, 2, 64, 16, 32), (24, 4, 24, 2, 6), (8, 8, 4, 2, 1)],
+)
+def test_mla_defaults(d_model: int, n_heads: int, latent: int, rotary: int, head: int) -> None:
+    """The proportions of DeepSeek-V2-Lite (first row), even rotated channels, a latent never wider than the input."""
+    spec = make("mla", n_heads, d_model)
+    assert isinstance(spec, MLASpec)
+    assert (spec.kv_latent_width, spec.q_latent_width, spec.rotary_width) == (latent, 0, rotary)
+    assert (spec.nope_width, spec.value_width, spec.rope_base) == (head, head, 10000.0)
+
+
 def test_defaults_follow_the_options_that_were_given() -> None:
     spec = make("ccgqa", 16, n_query_heads=3)
     assert isinstance(spec, CCGQASpec)
@@ -59,6 +72,10 @@ def test_defaults_follow_the_options_that_were_given() -> None:
         ("ccgqa", {"conv_kernel": 3}, "did you mean 'conv_kernel_"),
         ("ccgqa", {"rotary_fraction": 1.5}, "rotary_fraction must be a finite number above 0.0 and at most 1.0"),
         ("ccgqa", {"rotary_fraction": 0.3}, "rotary_fraction must leave an even number of rotated channels"),
+        ("mla", {"rotary_width": 3}, "rotary_width must be even, but got rotary_width=3; try 4"),
+        ("mla", {"kv_latent_width": 0}, "kv_latent_width must be an integer of at least 1"),
+        ("mla", {"nope_width": 0}, "nope_width must be an integer of at least 1"),
+        ("mla", {"q_latent_width": -1}, "q_latent_width must be an integer of at least 0"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(name: str, options: dict[str, Any], message: str) -> None:

@@ -38,8 +38,8 @@ def batches(seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @cache
-def int8_weights() -> Int8Weights:
-    return quantise_int8(model_of("gqa"), batches(), max_increase_nats=0.05)
+def int8_weights(attention: str = "gqa") -> Int8Weights:
+    return quantise_int8(model_of(attention), batches(), max_increase_nats=0.05)
 
 
 @pytest.mark.parametrize("implementation", [compiled, reference], ids=["compiled", "reference"])
@@ -97,17 +97,18 @@ def step_logits(decoder: Decoder, prompt_ids: list[int], next_ids: list[int]) ->
 
 
 @torch.no_grad()
-def test_int8_and_bfloat16_logits_are_those_of_full_passes() -> None:
+@pytest.mark.parametrize("attention", ["gqa", "mla"])  # mla also reads a matrix by itself
+def test_int8_and_bfloat16_logits_are_those_of_full_passes(attention: str) -> None:
     prompt_ids, next_ids = [4, 8, 15], [16, 23, 42, 0, 1, 2]
-    model = model_of("gqa")
-    exact = build_dequantised(model, int8_weights().matrices)(torch.tensor([prompt_ids + next_ids])).logits_BTV[0, 2:]
+    model, weights = model_of(attention), int8_weights(attention)
+    exact = build_dequantised(model, weights.matrices)(torch.tensor([prompt_ids + next_ids])).logits_BTV[0, 2:]
     plain = model(torch.tensor([prompt_ids + next_ids])).logits_BTV[0, 2:]
-    int8 = Decoder(model, max_tokens=12, dtype=torch.bfloat16, int8=int8_weights())
+    int8 = Decoder(model, max_tokens=12, dtype=torch.bfloat16, int8=weights)
     assert_close(step_logits(int8, prompt_ids, next_ids), exact, torch.bfloat16, "int8 logits")
     for implementation in ("compiled", "reference"):
         decoder = Decoder(model, max_tokens=12, dtype=torch.bfloat16, implementation=implementation)
         assert_close(step_logits(decoder, prompt_ids, next_ids), plain, torch.bfloat16, f"{implementation} logits")
-    slow = Decoder(model, max_tokens=12, int8=int8_weights(), implementation="reference")
+    slow = Decoder(model, max_tokens=12, int8=weights, implementation="reference")
     assert_close(step_logits(slow, prompt_ids, next_ids), exact, torch.float32, "reference int8 logits")
 
 

@@ -80,8 +80,13 @@ def test_with_zero_init_every_block_starts_as_the_identity(attention: str) -> No
     assert torch.equal(model(inputs_BT).logits_BTV, expected)
 
 
-def test_standard_deviations() -> None:
-    model = build_model(tiny_model_spec(d_model=128, n_heads=8, d_feed_forward=256, n_layers=8, attention="ccgqa"))
+@pytest.mark.parametrize(("attention", "options"), [("ccgqa", {}), ("mla", {"q_latent_width": 48})])
+def test_standard_deviations(attention: str, options: dict[str, int]) -> None:
+    model = build_model(
+        tiny_model_spec(
+            d_model=128, n_heads=8, d_feed_forward=256, n_layers=8, attention=attention, attention_options=options
+        )
+    )
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down.weight")):
             expected = 0.02 / math.sqrt(16)

@@ -30,7 +30,7 @@ class CCGQASpec(AttentionSpec):
     """Which part of each head's channels is rotated, from the first on; above 0, at most 1."""
 
     @classmethod
-    def default_options(cls, n_heads: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    def default_options(cls, d_model: int, n_heads: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """CCGQA-2x/8x, the paper's headline shape, with the kernel sizes of the released models."""
         n_query_heads = options.get("n_query_heads", max(1, n_heads // 2))
         check_int("n_query_heads", n_query_heads)

@@ -22,7 +22,7 @@ class GQASpec(AttentionSpec):
     """How many tokens a token sees, its own included; 0: all before it."""
 
     @classmethod
-    def default_options(cls, n_heads: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    def default_options(cls, d_model: int, n_heads: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """A quarter of the heads (rounded down to a divisor), the rotary base of the paper, and no window."""
         return {
             "n_kv_heads": largest_divisor(n_heads, n_heads // 4),
