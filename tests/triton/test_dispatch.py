@@ -56,6 +56,8 @@ def test_the_kernels_serve_a_model(attention: str, feed_forward: str) -> None:
         loss, gradients = loss_and_gradients(build(attention, "triton", feed_forward))
     for name in ("rms_norm", "rms_norm_backward"):
         assert operators.counts[name] == 2 * N_LAYERS + 1
+    for name in ("qk_norm_rope", "qk_norm_rope_backward"):  # queries and keys
+        assert operators.counts[name] == 2 * N_LAYERS
     for name in (feed_forward, f"{feed_forward}_backward"):
         assert operators.counts[name] == N_LAYERS
     assert_close(loss, expected_loss, torch.float32, "loss")

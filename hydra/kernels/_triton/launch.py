@@ -22,6 +22,8 @@ TILE = 2048
 """Elements that a program holds at a time at least: narrow rows share a program until they have so many together."""
 MAX_WIDTH = 32768
 """Widest row that a program holds whole: 32 elements of each tensor in each of 1,024 threads."""
+MAX_ROWS = 2**31 - 2**16
+"""Most rows where they are counted in 32 bits, as programs of a grid are; elements are counted in 64."""
 MAX_COLUMN_BLOCK = 1024
 """Widest piece of a row for kernels that need not see a row as a whole."""
 
@@ -35,7 +37,7 @@ class AotCase:
 
     kernel: Any
     """The @triton.jit function."""
-    arguments: Mapping[str, str | int | float]
+    arguments: Mapping[str, str | int]
     """Each run-time argument by name. A pointer by its type, as `*bf16` (aligned to 16 bytes, as torch's memory is); an
     integer by an example, whose being 1 or divisible by 16 is compiled in as a launch does; a float as `fp32`."""
     constants: Mapping[str, Any]
