@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hydra.testing.specs import random_activations
-from hydra.testing.tolerances import assert_close
+from hydra.testing.tolerances import assert_close, relative_error
 
 
 def inside_nan(tensor: Tensor, margin: int = 3) -> Tensor:
@@ -25,7 +25,7 @@ def inside_nan(tensor: Tensor, margin: int = 3) -> Tensor:
 
 def check_operator(
     fast: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: Sequence[Tensor], names: Sequence[str]
-) -> None:
+) -> dict[str, float]:
     """Compare output and every gradient of fast(*inputs) with those of the reference in float64.
 
     The gradient of the output comes with strides of its own, inside NaN. Everything is compared in the dtype of the
@@ -34,6 +34,8 @@ def check_operator(
     Args:
         inputs: leaves, differentiated.
         names: of the inputs, for messages.
+    Returns:
+        Relative errors, as hydra.testing.tolerances measures them: of the output, and of each gradient by its name.
     """
     dtype = inputs[0].dtype
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -42,6 +44,7 @@ def check_operator(
     expected = reference(*exact)
     assert out.dtype == dtype, out.dtype
     assert_close(out, expected, dtype, "output")
+    errors = {"output": relative_error(out, expected, dtype)}
 
     weight = random_activations(*out.shape, dtype=dtype, seed=17).to(out.device)
     grads = torch.autograd.grad(out, inputs, inside_nan(weight))
@@ -49,3 +52,5 @@ def check_operator(
     for name, grad, expected_grad, tensor in zip(names, grads, expected_grads, inputs, strict=True):
         assert grad.dtype == tensor.dtype, (name, grad.dtype)
         assert_close(grad, expected_grad, dtype, f"gradient of {name}")
+        errors[name] = relative_error(grad, expected_grad, dtype)
+    return errors

@@ -30,22 +30,21 @@ MAX_COLUMN_BLOCK = 1024
 
 @dataclasses.dataclass(frozen=True)
 class AotCase:
-    """One form of a kernel, as a launch on a GPU would compile it.
-
-    Raises nothing: it is data. diagnostics/triton_aot.py compiles it.
-    """
+    """One form of a kernel, as a launch on a GPU would compile it; diagnostics/triton_aot.py does so without one."""
 
     kernel: Any
     """The @triton.jit function."""
-    arguments: Mapping[str, str | int]
+    arguments: Mapping[str, Any]
     """Each run-time argument by name. A pointer by its type, as `*bf16` (aligned to 16 bytes, as torch's memory is); an
     integer by an example, whose being 1 or divisible by 16 is compiled in as a launch does; a float as `fp32`."""
     constants: Mapping[str, Any]
     """Each tl.constexpr argument by name."""
     num_warps: int
-    num_stages: int = 1
+    num_stages: int = 3
+    """What Triton takes when a launch does not say."""
     instruction: str | None = None
-    """`dot` if the kernel must use the chip's matrix units, else None."""
+    """Which matrix instruction must be in the code: `dot` for the chip's best one, `mma.sync` for that one on every chip
+    (tiles too small for the best), None for none at all."""
     label: str = ""
     """What tells this case from the kernel's others, such as `bf16 D=1024`."""
 

@@ -345,8 +345,8 @@ def _check(x_BTNH: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor, temp_N: Tensor | 
     assert temp_N is None or temp_N.shape == (n_heads,), temp_N
     if not 1 <= half <= width // 2 or width > MAX_HEAD_WIDTH or x_BTNH.numel() // width > MAX_ROWS:
         raise ConfigError(
-            f"qk_norm_rope must get heads of at most {MAX_HEAD_WIDTH} channels, up to half of them in pairs, and at most "
-            f"{MAX_ROWS} heads of tokens, but got {tuple(x_BTNH.shape)} and {half} pairs; ask for kernels=torch"
+            f"qk_norm_rope must get heads of at most {MAX_HEAD_WIDTH} channels, up to half of them in pairs, and at "
+            f"most {MAX_ROWS} heads of tokens, but got {tuple(x_BTNH.shape)} and {half} pairs; ask for kernels=torch"
         )
 
 
@@ -360,6 +360,8 @@ def qk_norm_rope(
 def aot_cases() -> list[AotCase]:
     """Heads of 64 and 128 channels as in the presets: plain, with gqa's norm, with ccgqa's norm and temperature."""
     cases = []
+    forward: dict[str, Any]
+    backward: dict[str, Any]
     forms = [("gqa", False, False, 1), ("gqa qk_norm", True, False, 1), ("ccgqa", True, True, 2)]
     for width in (64, 128):
         for name, has_norm, has_temp, rotated_share in forms:
@@ -373,11 +375,7 @@ def aot_cases() -> list[AotCase]:
             forward = {"x_ptr": "*bf16", **angles, "y_ptr": "*bf16", **last}
             backward = {"grad_y_ptr": "*bf16", "x_ptr": "*bf16", **angles, "grad_x_ptr": "*bf16"}
             backward |= {"grad_temp_ptr": "*fp32", **last}
-            backward |= {f"grad_y_{name}": value for name, value in _without_x(x_strides)}
+            backward |= {name.replace("x_", "grad_y_"): stride for name, stride in x_strides.items()}
             for kernel, arguments in ((forward_kernel, forward), (backward_kernel, backward)):
                 cases.append(AotCase(kernel, arguments, constants, num_warps, label=f"bf16 {name} H={width}"))
     return cases
-
-
-def _without_x(strides: dict[str, int]) -> list[tuple[str, int]]:
-    return [(name.removeprefix("x_"), value) for name, value in strides.items()]

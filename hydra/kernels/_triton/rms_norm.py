@@ -164,6 +164,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def aot_cases() -> list[AotCase]:
     """Widths of the presets' models: 256 (debug) to 2304 (1.5B); tests' own, 32."""
     cases = []
+    forward: dict[str, Any]
+    backward: dict[str, Any]
     for width, dtype in [(32, "fp32"), (256, "bf16"), (512, "bf16"), (1024, "bf16"), (2048, "bf16"), (2304, "bf16")]:
         launch = whole_rows(width)
         constants = {"ROWS": launch.n_rows, "BLOCK": launch.block_width}

@@ -109,6 +109,8 @@ def squared_relu(x: Tensor) -> Tensor:
 def aot_cases() -> list[AotCase]:
     """Feed-forward widths of the presets are 1024 and above: one tile fits all; tests' own, 64."""
     cases = []
+    forward: dict[str, Any]
+    backward: dict[str, Any]
     for width, dtype in [(64, "fp32"), (1024, "bf16"), (1024, "fp32")]:
         launch = column_blocks(width)
         constants = {"ROWS": launch.n_rows, "BLOCK": launch.block_width}
