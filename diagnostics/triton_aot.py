@@ -4,8 +4,8 @@
     python -m diagnostics.triton_aot check    compile and print
 
 Every case that a module `hydra/**/_triton/<op>.py` lists in `aot_cases()` is compiled for every chip of CHIPS by the
-compiler in the triton wheel. Refused are: a byte of stack or local memory (that is what spilling registers leaves), more
-shared memory than a block may have, and a matrix instruction that is missing or of another generation. Exit status: 0
+compiler in the triton wheel. Refused are: a byte of stack or local memory (what spilled registers leave), more shared
+memory than a block may have, and a matrix instruction that is missing or of another generation. Exit status: 0
 all is well, 1 something was refused, 2 triton is not there.
 """
 
@@ -69,7 +69,7 @@ def compile_case(module: str, index: int, capability: int) -> Result:
     case = importlib.import_module(module).aot_cases()[index]
     try:
         compiled = build(case, capability)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # Whatever the compiler dies of belongs into the table beside the other results.
         return Result(0, 0, (), (f"{type(error).__name__}: {error}".splitlines()[0],))
     usage = read_resource_usage(compiled.asm["cubin"])
@@ -149,9 +149,8 @@ def draw_table(found: dict[tuple[str, str, str], dict[int, Result]]) -> str:
 
     heads = " | ".join(f"sm_{capability}" for capability in CHIPS)
     lines = [
-        f"triton {triton.__version__}, torch {torch.__version__.partition('+')[0]}. For each chip: registers of a thread "
-        "/ KiB of shared memory of a block, and the matrix instruction. Stack and local memory are 0 everywhere unless a "
-        "cell says otherwise.",
+        f"triton {triton.__version__}, torch {torch.__version__.partition('+')[0]}. For each chip: registers of a "
+        "thread / KiB of shared memory of a block, and matrix instructions. Stack and local memory are 0 everywhere.",
         "",
         f"| operator | kernel | case | {heads} |",
         f"|---|---|---|{'---|' * len(CHIPS)}",

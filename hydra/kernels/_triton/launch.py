@@ -43,8 +43,8 @@ class AotCase:
     num_stages: int = 3
     """What Triton takes when a launch does not say."""
     instruction: str | None = None
-    """Which matrix instruction must be in the code: `dot` for the chip's best one, `mma.sync` for that one on every chip
-    (tiles too small for the best), None for none at all."""
+    """Which matrix instruction must be in the code: `dot` for the chip's best one, `mma.sync` for that one on every
+    chip (tiles too small for the best), None for none at all."""
     label: str = ""
     """What tells this case from the kernel's others, such as `bf16 D=1024`."""
 
