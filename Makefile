@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := report
-.PHONY: report test check lab lock bench peers
+.PHONY: report test check lab lock bench peers gpu-proof
 
 report: .venv/installed
 	@$(BIN)/papermill notebooks/pretrain.ipynb runs/pretrain/pretrain.ipynb --engine hydra
@@ -23,6 +23,10 @@ bench: .venv-peers/installed
 	@$(BIN)/python -m diagnostics.bench $(PARTS)
 
 peers: .venv-peers/installed
+
+# On a machine with a GPU: writes gpu-proof.md, a report to send back.
+gpu-proof: .venv/installed
+	@$(BIN)/python -m diagnostics.gpu_proof
 
 .venv-peers/installed: .venv/installed diagnostics/peers.sh
 	@bash diagnostics/peers.sh

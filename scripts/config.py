@@ -148,6 +148,9 @@ class TrainingConfig:
     """How softmax attention is computed: by torch's own choice, by matrix products over blocks of queries (`blocked`),
     by flash-attn (`flash`) or by torch's FlexAttention (`flex`), these two on a GPU only. `auto` takes what is faster
     on the device. Chosen once, then kept by the run."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What computes norms, rotary embedding and feed-forward activations: torch's operators, or kernels in Triton, for
+    GPUs. `auto` takes Triton's where they run. Chosen once, then kept by the run."""
     compile_from_step: Annotated[int, Field(ge=0)] | None = 1
     """Finished steps after which blocks run as compiled code (the compiler is waited for); None: never."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
@@ -310,7 +313,6 @@ class TrainingConfig:
 
     def asked_choices(self) -> "AskedChoices":
         """What is asked for of what a run chooses once; `auto` is resolved on the machine that begins it."""
-
         def choose_attention_kernel(device: str) -> tuple[str, str]:
             from hydra.attention.core import check_kernel, choose_kernel
 
@@ -319,12 +321,22 @@ class TrainingConfig:
             check_kernel(self.attention_kernel, device)
             return self.attention_kernel, "asked for"
 
+        def choose_kernels(device: str) -> tuple[str, str]:
+            from hydra.kernels import dispatch
+
+            if self.kernels == "auto":
+                return dispatch.choose_kernels(device)
+            dispatch.check_kernels(self.kernels, device)
+            return self.kernels, "asked for"
+
         return {
             "device": self.device,
             "threads": self.threads,
             "dtype": self.dtype,
             "attention_kernel": self.attention_kernel,
             "choose_attention_kernel": choose_attention_kernel,
+            "kernels": self.kernels,
+            "choose_kernels": choose_kernels,
         }
 
     def differences(self, other: "TrainingConfig | None" = None) -> dict[str, tuple[object, object]]:
@@ -444,6 +456,7 @@ ADDED_LATER: Mapping[str, object] = {
     "muon_weight_decay": 0.0,
     "dtype": "float32",
     "attention_kernel": "scaled_dot_product",
+    "kernels": "torch",
     "compile_from_step": None,
     "activation_checkpointing": "none",
     "optimizer_offload": "no",

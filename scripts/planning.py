@@ -120,7 +120,7 @@ def predict_peak(config: TrainingConfig, choices: Choices, vocab_size: int, rung
     depends_on = {
         "model": config.model_spec(vocab_size).to_dict(),
         "optimizer": dataclasses.asdict(config.optimizer_spec()),
-        "execution": [choices.dtype, choices.attention_kernel, compile_from],
+        "execution": [choices.dtype, choices.attention_kernel, choices.kernels, compile_from],
         "shape": [rung.micro_batch_size, n_micro_batches, config.context_length],
         "activation_checkpointing": rung.activation_checkpointing,
         "device": [choices.device, rung.optimizer_offload],

@@ -443,7 +443,9 @@ class Trainer:
 def execution_of(choices: Choices) -> Execution:
     """How the model computes in a run of these choices."""
     return Execution(
-        attention_kernel=choices.attention_kernel, activation_checkpointing=choices.activation_checkpointing
+        attention_kernel=choices.attention_kernel,
+        kernels=choices.kernels,
+        activation_checkpointing=choices.activation_checkpointing,
     )
 
 

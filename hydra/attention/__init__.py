@@ -21,7 +21,14 @@ def check_options(name: str, d_model: int, n_heads: int, options: Mapping[str, A
 
 
 def build_attention(
-    name: str, *, d_model: int, n_heads: int, layer_index: int = 0, n_layers: int = 1, **options: Any
+    name: str,
+    *,
+    d_model: int,
+    n_heads: int,
+    layer_index: int = 0,
+    n_layers: int = 1,
+    kernels: str = "torch",
+    **options: Any,
 ) -> "AttentionBackend":
     """Build the attention layer `name` on torch's current default device, in its default dtype.
 
@@ -31,6 +38,7 @@ def build_attention(
         n_heads: head count of the multi-head reference, which fixes the head width d_model / n_heads.
         layer_index: which layer of the model this is, from 0.
         n_layers: how many layers the model has.
+        kernels: what serves the layer's operators, one of hydra.kernels.dispatch.KERNELS.
         options: fields of the backend's spec, e.g. n_kv_heads=2; what is left out takes the backend's default.
     Raises:
         ConfigError: unknown backend or option (naming the closest known one), or a value that cannot be.
@@ -38,4 +46,6 @@ def build_attention(
     spec = load_spec_class(name).from_options(
         d_model=d_model, n_heads=n_heads, layer_index=layer_index, n_layers=n_layers, options=options
     )
-    return load_layer_class(name)(spec)
+    layer = load_layer_class(name)(spec)
+    layer.kernels = kernels
+    return layer

@@ -87,6 +87,9 @@ class AttentionBackend(nn.Module, ABC):
     A subclass takes its spec, and defines prepare, attend, new_cache and the three counts.
     """
 
+    kernels: str = "torch"
+    """What serves the operators that a layer takes from hydra.kernels: one of hydra.kernels.dispatch.KERNELS."""
+
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
         self.spec = spec

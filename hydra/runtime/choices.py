@@ -28,6 +28,8 @@ class Choices:
     """Numbers of matrix products and activations: `float32` or `bfloat16`. (Runs of before had float32.)"""
     attention_kernel: str = "scaled_dot_product"
     """The kernel of softmax attention, as hydra.attention names them."""
+    kernels: str = "torch"
+    """What serves the other operators, as hydra.kernels.dispatch names them. (Runs of before had torch's.)"""
     micro_batch_size: int = 0
     """Rows of one forward and backward pass; 0 until memory has been planned."""
     activation_checkpointing: str = "none"
@@ -44,6 +46,8 @@ class AskedChoices(TypedDict):
     dtype: str
     attention_kernel: str
     choose_attention_kernel: Callable[[str], tuple[str, str]] | None
+    kernels: str
+    choose_kernels: Callable[[str], tuple[str, str]] | None
 
 
 def choose_once(
@@ -54,6 +58,8 @@ def choose_once(
     dtype: str = "float32",
     attention_kernel: str = "scaled_dot_product",
     choose_attention_kernel: Callable[[str], tuple[str, str]] | None = None,
+    kernels: str = "torch",
+    choose_kernels: Callable[[str], tuple[str, str]] | None = None,
 ) -> Choices:
     """The run's choices: those of its first session, or now those that are asked for, on this machine.
 
@@ -63,8 +69,8 @@ def choose_once(
         device: `auto`, `cpu` or `cuda`.
         threads: 0 for all cores that this process may use.
         dtype: `auto`, `float32` or `bfloat16`.
-        attention_kernel: `auto` or a name.
-        choose_attention_kernel: from the device to the kernel that computes there, and why; it refuses one that cannot.
+        attention_kernel, kernels: `auto` or a name.
+        choose_attention_kernel, choose_kernels: from the device to what computes there, and why; refuse what cannot.
 
     Raises:
         ConfigError: the run computes on a device that this machine does not have.
@@ -75,6 +81,8 @@ def choose_once(
         dtype=dtype,
         attention_kernel=attention_kernel,
         choose_attention_kernel=choose_attention_kernel,
+        kernels=kernels,
+        choose_kernels=choose_kernels,
     )
     choices = Choices(**record_session(run_dir, describe_session(), asdict(now)))
     if replace(choices, micro_batch_size=0, activation_checkpointing="none", optimizer_offload=False) == now:
@@ -92,6 +100,8 @@ def resolve(
     dtype: str,
     attention_kernel: str,
     choose_attention_kernel: Callable[[str], tuple[str, str]] | None,
+    kernels: str,
+    choose_kernels: Callable[[str], tuple[str, str]] | None,
 ) -> tuple[Choices, str]:
     """What is asked for, with `auto` resolved on this machine, and the reasons; arguments as those of `choose_once`.
 
@@ -103,16 +113,19 @@ def resolve(
     check_device(device)
     resolved_device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     resolved_dtype, dtype_reason = choose_dtype(resolved_device) if dtype == "auto" else (dtype, "asked for")
-    kernel_reason = "asked for"
+    kernel_reason = operators_reason = "asked for"
     if choose_attention_kernel is not None:
         attention_kernel, kernel_reason = choose_attention_kernel(resolved_device)
+    if choose_kernels is not None:
+        kernels, operators_reason = choose_kernels(resolved_device)
     now = Choices(
         device=resolved_device,
         threads=threads or len(os.sched_getaffinity(0)),
         dtype=resolved_dtype,
         attention_kernel=attention_kernel,
+        kernels=kernels,
     )
-    return now, f"dtype: {dtype_reason}; attention_kernel: {kernel_reason}"
+    return now, f"dtype: {dtype_reason}; attention_kernel: {kernel_reason}; kernels: {operators_reason}"
 
 
 def settle(

@@ -53,6 +53,7 @@ def every_field(corpus: Path, data_dir: Path) -> dict[str, object]:
         "threads": 1,
         "dtype": "bfloat16",
         "attention_kernel": "blocked",
+        "kernels": "torch",
         "compile_from_step": 2,
         "activation_checkpointing": "full",
         "optimizer_offload": "no",

@@ -17,14 +17,15 @@ FEED_FORWARD_CLASSES: dict[str, type[SwiGLU] | type[SquaredReLU]] = {"squared_re
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); `kernels` as Execution names them."""
 
-    def __init__(self, spec: ModelSpec, layer: PlannedLayer) -> None:
+    def __init__(self, spec: ModelSpec, layer: PlannedLayer, kernels: str = "torch") -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
+        self.attention_norm = RMSNorm(spec.d_model, spec.norm_eps, kernels)
         self.attention = load_layer_class(layer.name)(layer.spec)
-        self.feed_forward_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
-        self.feed_forward = FEED_FORWARD_CLASSES[spec.feed_forward](spec.d_model, spec.d_feed_forward)
+        self.attention.kernels = kernels
+        self.feed_forward_norm = RMSNorm(spec.d_model, spec.norm_eps, kernels)
+        self.feed_forward = FEED_FORWARD_CLASSES[spec.feed_forward](spec.d_model, spec.d_feed_forward, kernels)
 
     def forward(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
         """Map (B, T, D) to (B, T, D); context and cache are those of this layer."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hydra.kernels.dispatch import check_kernels
 from hydra.model.framework.execution import Execution
 from hydra.model.framework.initialisation import initialise
 from hydra.model.framework.model import HydraModel
@@ -28,7 +29,11 @@ def build_model(
         seed: of the initial weights; each parameter depends on it and on the parameter's name only.
         device, dtype: where the parameters shall live, and as what.
         execution: how to compute; left out, what runs everywhere.
+    Raises:
+        ConfigError: the device cannot have the kernels that `execution` names.
     """
+    if execution is not None:
+        check_kernels(execution.kernels, torch.device(device).type)
     if not isinstance(spec, ModelSpec):
         spec = ModelSpec.from_dict(spec)
     with torch.device("meta"):

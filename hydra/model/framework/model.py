@@ -50,8 +50,9 @@ class HydraModel(nn.Module):
         self.is_compiled = False
         # Its own way of drawing first values imports torch's compiler on the meta device, which takes a second.
         self.embedding = nn.Embedding.from_pretrained(torch.empty(spec.vocab_size, spec.d_model), freeze=False)
-        self.blocks = nn.ModuleList(Block(spec, layer) for layer in spec.plan_layers())
-        self.final_norm = RMSNorm(spec.d_model, eps=spec.norm_eps)
+        kernels = self.execution.kernels
+        self.blocks = nn.ModuleList(Block(spec, layer, kernels) for layer in spec.plan_layers())
+        self.final_norm = RMSNorm(spec.d_model, spec.norm_eps, kernels)
         # A tied head is no parameter of its own, so that nothing can untie it: not to_empty, not a checkpoint.
         if not spec.tie_embeddings:
             self.head = nn.Linear(spec.d_model, spec.vocab_size, bias=False)

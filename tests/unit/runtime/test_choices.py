@@ -16,7 +16,7 @@ def test_the_first_session_decides_and_every_session_is_recorded(tmp_path: Path)
     again = choose_once(tmp_path, device="auto", threads=0, dtype="bfloat16", attention_kernel="scaled_dot_product")
     assert again == first
     environment = paths.read_json(tmp_path / paths.ENVIRONMENT)
-    expected = {"device": "cpu", "threads": 1, "dtype": "float32", "attention_kernel": "blocked"}
+    expected = {"device": "cpu", "threads": 1, "dtype": "float32", "attention_kernel": "blocked", "kernels": "torch"}
     not_planned_yet = {"micro_batch_size": 0, "activation_checkpointing": "none", "optimizer_offload": False}
     assert environment["resolved"] == {**expected, **not_planned_yet}
     settle(tmp_path, first, micro_batch_size=2, activation_checkpointing="full")
@@ -35,10 +35,14 @@ def test_auto_is_resolved_and_the_reason_logged(tmp_path: Path, caplog: pytest.L
             dtype="auto",
             attention_kernel="auto",
             choose_attention_kernel=lambda device: (f"kernel of {device}", "it was made for it"),
+            kernels="auto",
+            choose_kernels=lambda device: (f"operators of {device}", "so was this"),
         )
     assert choices.attention_kernel == "kernel of cpu"
     assert choices.dtype == choose_dtype("cpu")[0]
+    assert choices.kernels == "operators of cpu"
     assert "it was made for it" in caplog.text
+    assert "so was this" in caplog.text
     assert choose_dtype("cpu")[1] in caplog.text
 
 
@@ -53,10 +57,13 @@ def test_dtype_follows_the_processor(monkeypatch: pytest.MonkeyPatch, amx: bool,
 
 
 def test_runs_of_before_go_on_as_they_began(tmp_path: Path) -> None:
-    """Their environment.json names neither dtype nor kernel: there was one of each."""
+    """Their environment.json names neither dtype nor kernels: there was one of each."""
     paths.write_json(tmp_path / paths.ENVIRONMENT, {"resolved": {"device": "cpu", "threads": 3}, "sessions": []})
-    choices = choose_once(tmp_path, device="auto", threads=0, dtype="auto", attention_kernel="blocked")
+    choices = choose_once(
+        tmp_path, device="auto", threads=0, dtype="auto", attention_kernel="blocked", kernels="triton"
+    )
     assert (choices.threads, choices.dtype, choices.attention_kernel) == (3, "float32", "scaled_dot_product")
+    assert choices.kernels == "torch"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -19,7 +19,7 @@ from hydra.attention.backends.ccgqa.spec import CCGQASpec
 from hydra.attention.base import AttentionBackend, AttentionCache, KeyValueCache, count_visible_pairs
 from hydra.attention.core import softmax_attention
 from hydra.attention.masks import AttentionContext, TokenHistory
-from hydra.layers.rotary import apply_rotary
+from hydra.kernels.qk_norm_rope import qk_norm_rope
 
 # The norm is floored at 1e-12 (released code), which F.rms_norm wants as the floor of a mean square.
 NORM_EPS = 1e-24
@@ -65,25 +65,28 @@ class CompressedConvolutionalAttention(AttentionBackend):
     def attend(self, x_BTD: Tensor, context: AttentionContext, cache: AttentionCache | None) -> Tensor:
         """See AttentionBackend.forward."""
         assert cache is None or isinstance(cache, CCGQACache), type(cache)
-        q_BTNH, k_BTKH = self.compute_queries_keys(x_BTD, context, cache)
+        q_BTNH, k_BTKH = self.mix_queries_keys(x_BTD, context, cache)
         v_BTKH = self.compute_values(x_BTD, context, cache)
         assert context.rotary is not None
-        q_BNTH = apply_rotary(q_BTNH, *context.rotary).to(v_BTKH.dtype).transpose(1, 2)
-        k_BKSH = apply_rotary(k_BTKH, *context.rotary).to(v_BTKH.dtype).transpose(1, 2)
+        q_BNTH = self.normalise(q_BTNH, context.rotary, None).to(v_BTKH.dtype).transpose(1, 2)
+        k_BKSH = self.normalise(k_BTKH, context.rotary, self.temp).to(v_BTKH.dtype).transpose(1, 2)
         v_BKSH = v_BTKH.transpose(1, 2)
         if cache is not None:
             k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH, context.n_past)
         out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context)
         return self.o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
-    def compute_queries_keys(
+    def normalise(self, x_BTMH: Tensor, rotary: tuple[Tensor, Tensor], temp_M: Tensor | None) -> Tensor:
+        """sqrt(H) x / |x| over each head, times exp(temp) (eqs. 9, 10), rotated; computed in float32 at least."""
+        # torch's operators round to the dtype of what they get after each step, Triton's kernel only at its end.
+        if self.kernels == "torch":
+            x_BTMH = x_BTMH.to(torch.promote_types(x_BTMH.dtype, torch.float32))
+        return qk_norm_rope(x_BTMH, *rotary, norm_eps=NORM_EPS, temp_N=temp_M, kernels=self.kernels)
+
+    def mix_queries_keys(
         self, x_BTD: Tensor, context: AttentionContext, cache: CCGQACache | None
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys before the rotary embedding, in at least float32 (Listing 1; eqs. 7-10).
-
-        Returns:
-            q_BTNH of norm sqrt(H) and k_BTKH of norm sqrt(H) exp(temp).
-        """
+        """q_BTNH and k_BTKH before their norm: convolved, plus their un-convolved mean (Listing 1, eqs. 7, 8)."""
         spec = self.spec
         n_batch, n_tokens, _ = x_BTD.shape
         u_BTC = torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD)], dim=-1)
@@ -102,7 +105,7 @@ class CompressedConvolutionalAttention(AttentionBackend):
         mean_k_BTKH = mean_q_BTKGH.mean(dim=3)
         q_BTNH = mixed_BTMH[:, :, : spec.n_query_heads] + mean_q_BTKGH.flatten(2, 3)
         k_BTKH = mixed_BTMH[:, :, spec.n_query_heads :] + mean_k_BTKH
-        return normalise(q_BTNH), normalise(k_BTKH) * self.temp.to(k_BTKH.dtype).exp()[:, None]
+        return q_BTNH, k_BTKH
 
     def compute_values(self, x_BTD: Tensor, context: AttentionContext, cache: CCGQACache | None) -> Tensor:
         """Values whose first half of channels comes from the token and second half from the one before (eq. 11)."""
@@ -146,12 +149,6 @@ class CompressedConvolutionalAttention(AttentionBackend):
         n_heads = spec.n_query_heads + spec.n_kv_heads
         n_convolution = n_heads * spec.head_width * (spec.conv_kernel_0 + spec.head_width * spec.conv_kernel_1)
         return 2 * (n_linear + n_convolution) * n_tokens + 4 * spec.query_width * count_visible_pairs(n_tokens)
-
-
-def normalise(x_BTMH: Tensor) -> Tensor:
-    """sqrt(H) x / |x| over each head (eqs. 9, 10), in float32 or, for float64 input, in float64."""
-    x_BTMH = x_BTMH.to(torch.promote_types(x_BTMH.dtype, torch.float32))
-    return F.rms_norm(x_BTMH, (x_BTMH.shape[-1],), eps=NORM_EPS)
 
 
 def convolve_causally(u_BPC: Tensor, conv0: nn.Conv1d, conv1: nn.Conv1d, document_ids_BP: Tensor | None) -> Tensor:

@@ -3,14 +3,13 @@
 B batch, T new tokens, S tokens so far, D model width, N query heads, K key/value heads, H head width.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydra.attention.backends.gqa.spec import GQASpec
 from hydra.attention.base import AttentionBackend, AttentionCache, KeyValueCache, count_visible_pairs
 from hydra.attention.core import softmax_attention
 from hydra.attention.masks import AttentionContext, TokenHistory
-from hydra.layers.rotary import apply_rotary
+from hydra.kernels.qk_norm_rope import qk_norm_rope
 
 NORM_EPS = 1e-6
 
@@ -45,12 +44,10 @@ class GroupedQueryAttention(AttentionBackend):
         q_BTNH = self.q_proj(x_BTD).view(n_batch, n_tokens, spec.n_heads, spec.head_width)
         k_BTKH = self.k_proj(x_BTD).view(n_batch, n_tokens, spec.n_kv_heads, spec.head_width)
         v_BTKH = self.v_proj(x_BTD).view(n_batch, n_tokens, spec.n_kv_heads, spec.head_width)
-        if spec.qk_norm:
-            q_BTNH = F.rms_norm(q_BTNH, (spec.head_width,), eps=NORM_EPS)
-            k_BTKH = F.rms_norm(k_BTKH, (spec.head_width,), eps=NORM_EPS)
         assert context.rotary is not None
-        q_BNTH = apply_rotary(q_BTNH, *context.rotary).transpose(1, 2)
-        k_BKSH = apply_rotary(k_BTKH, *context.rotary).transpose(1, 2)
+        norm_eps = NORM_EPS if spec.qk_norm else None
+        q_BNTH = qk_norm_rope(q_BTNH, *context.rotary, norm_eps=norm_eps, kernels=self.kernels).transpose(1, 2)
+        k_BKSH = qk_norm_rope(k_BTKH, *context.rotary, norm_eps=norm_eps, kernels=self.kernels).transpose(1, 2)
         v_BKSH = v_BTKH.transpose(1, 2)
         if cache is not None:
             assert isinstance(cache, KeyValueCache), type(cache)

@@ -30,7 +30,9 @@ def build(dtype: torch.dtype = torch.float64, **options: Any) -> CompressedConvo
 
 def queries_and_keys(layer: CompressedConvolutionalAttention, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """Queries and keys before the rotary embedding, (B, T, heads, H)."""
-    return layer.compute_queries_keys(x_BTD, build_context(x_BTD), None)
+    q_BTNH, k_BTKH = layer.mix_queries_keys(x_BTD, build_context(x_BTD), None)
+    no_rotation = compute_rotary(torch.zeros(1, x_BTD.shape[1], dtype=torch.int64), 2, 10_000.0, x_BTD.dtype)
+    return layer.normalise(q_BTNH, no_rotation, None), layer.normalise(k_BTKH, no_rotation, layer.temp)
 
 
 def values(layer: CompressedConvolutionalAttention, x_BTD: Tensor) -> Tensor:

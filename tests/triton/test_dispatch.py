@@ -1,0 +1,118 @@
+"""A model that asks for Triton's kernels is served by them, eager and compiled, and computes the same."""
+
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hydra.attention import available_backends
+from hydra.errors import ConfigError
+from hydra.kernels.dispatch import check_kernels, choose_kernels
+from hydra.model.framework import Execution, HydraModel, build_model
+from hydra.testing.specs import document_ids, randomise, tiny_model_spec
+from hydra.testing.tolerances import assert_close
+
+INPUTS_BT = torch.randint(61, (2, 19), generator=torch.Generator().manual_seed(0))
+TARGETS_BT = INPUTS_BT.roll(-1, dims=1)
+IDS_BT = torch.cat([document_ids(8, 11), document_ids(19)])
+N_LAYERS = 2
+
+
+class CountedOperators(TorchDispatchMode):
+    """Counts the operators of `hydra` that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "hydra":
+            self.counts[func._schema.name.removeprefix("hydra::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def build(attention: str, kernels: str, feed_forward: str = "swiglu") -> HydraModel:
+    spec = tiny_model_spec(attention=attention, feed_forward=feed_forward, n_layers=N_LAYERS)
+    model = build_model(spec, execution=Execution(kernels=kernels))
+    randomise(model)
+    return model
+
+
+def loss_and_gradients(model: HydraModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = model(INPUTS_BT, TARGETS_BT, IDS_BT).losses["cross_entropy"]
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@pytest.mark.parametrize("feed_forward", ["swiglu", "squared_relu"])
+@pytest.mark.parametrize("attention", available_backends())
+def test_the_kernels_serve_a_model(attention: str, feed_forward: str) -> None:
+    expected_loss, expected = loss_and_gradients(build(attention, "torch", feed_forward))
+    with CountedOperators() as operators:
+        loss, gradients = loss_and_gradients(build(attention, "triton", feed_forward))
+    for name in ("rms_norm", "rms_norm_backward"):
+        assert operators.counts[name] == 2 * N_LAYERS + 1
+    for name in ("qk_norm_rope", "qk_norm_rope_backward"):  # queries and keys
+        assert operators.counts[name] == 2 * N_LAYERS
+    for name in (feed_forward, f"{feed_forward}_backward"):
+        assert operators.counts[name] == N_LAYERS
+    assert_close(loss, expected_loss, torch.float32, "loss")
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name], torch.float32, name)
+
+
+@pytest.mark.parametrize("attention", available_backends())
+def test_torchs_own_are_served_otherwise(attention: str) -> None:
+    with CountedOperators() as operators:
+        loss_and_gradients(build(attention, "torch"))
+    assert not operators.counts
+
+
+def test_a_compiled_model_stays_in_one_graph_for_each_region() -> None:
+    """compile_regions makes graph breaks errors. The operators are seen where the compiled code runs."""
+    torch.compiler.reset()
+    expected_loss, expected = loss_and_gradients(build("gqa", "torch"))
+    model = build("gqa", "triton")
+    model.compile_regions()
+    with torch.profiler.profile() as profile:
+        loss, gradients = loss_and_gradients(model)
+    counts = Counter(event.name for event in profile.events())
+    assert counts["hydra::rms_norm"] >= 2 * N_LAYERS + 1
+    assert counts["hydra::swiglu_backward"] >= N_LAYERS
+    assert_close(loss, expected_loss, torch.float32, "loss")
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name], torch.float32, name)
+
+
+def test_auto_is_for_gpus() -> None:
+    assert choose_kernels("cpu")[0] == "torch"
+    assert choose_kernels("cuda")[0] == "triton"
+
+
+def test_an_unknown_implementation_is_named() -> None:
+    with pytest.raises(ConfigError, match="torch, triton, but got kernels='cuda'"):
+        check_kernels("cuda", "cuda")
+    with pytest.raises(ConfigError, match="triton"):
+        Execution(kernels="tritn")
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [("", "kernels=triton must have a GPU"), ("import sys; sys.modules['triton'] = None", "triton must be installed")],
+)
+def test_what_cannot_be_had_is_an_error(before: str, message: str) -> None:
+    """In a process without the interpreter."""
+    code = (
+        f"{before}\n"
+        "from hydra.model.framework import Execution, build_model\n"
+        "from hydra.testing.specs import tiny_model_spec\n"
+        "build_model(tiny_model_spec(), execution=Execution(kernels='triton'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ConfigError" in done.stderr
+    assert message in done.stderr
