@@ -17,6 +17,12 @@ from torch.autograd.function import once_differentiable
 
 CHUNK = 256
 """Tokens of a chunk: longer ones have more pairs of tokens to weigh, shorter ones more states to pass on."""
+MAX_PAIRS = 2**22
+"""Pairs of tokens, over all heads, that are weighed at a time: 8 MiB in bfloat16, which a level-3 cache takes."""
+MAX_PIECES = 16
+"""Longer sequences get larger pieces instead: each is code of its own to a compiler."""
+NEGLIGIBLE_NATS = 60.0
+"""Weights below exp(-60) = 9e-27 are zero in chunks."""
 
 
 def lightning_attention(
@@ -103,17 +109,20 @@ class _Decays:
         return scores_XCC
 
 
+def _remain(lost_nats: Tensor) -> Tensor:
+    """exp(-lost_nats), and 0 instead of what is so small that its products take a CPU a hundred times as long."""
+    return torch.exp(-lost_nats).masked_fill(lost_nats > NEGLIGIBLE_NATS, 0)
+
+
 def _compute_decays(slopes_N: Tensor, length: int, document_ids_BP: Tensor | None, dtype: torch.dtype) -> _Decays:
     """Of whole chunks of one length, whose tokens document_ids_BP is of and of the one before."""
     steps_C = torch.arange(length, device=slopes_N.device)
     distances_CC = steps_C[:, None] - steps_C
     slopes_N1 = slopes_N[:, None]
-    within_NCC = torch.exp(-slopes_N1[..., None] * distances_CC.clamp(min=0)).masked_fill(distances_CC < 0, 0)
-    arriving = torch.exp(-slopes_N1 * (steps_C + 1))[..., None]
-    leaving = torch.exp(-slopes_N1 * (length - 1 - steps_C))[..., None]
-    through = torch.exp(-slopes_N1 * length)[..., None]
-    within_NCC, arriving, leaving = within_NCC.to(dtype), arriving.to(dtype)[None, None], leaving.to(dtype)[None, None]
-    through = through[None, None]
+    within_NCC = _remain(slopes_N1[..., None] * distances_CC.clamp(min=0)).masked_fill(distances_CC < 0, 0).to(dtype)
+    arriving = _remain(slopes_N1 * (steps_C + 1)).to(dtype)[None, None, :, :, None]
+    leaving = _remain(slopes_N1 * (length - 1 - steps_C)).to(dtype)[None, None, :, :, None]
+    through = _remain(slopes_N1 * length)[None, None, :, :, None]
     if document_ids_BP is None:
         return _Decays(within_NCC, None, arriving, leaving, through)
     ids_BJC = document_ids_BP[:, 1:].unflatten(1, (-1, length))
@@ -140,7 +149,7 @@ class _LightningAttention(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         outs, befores = [], []
-        for start, stop, length in _equal_chunks(q_BTNH.shape[1], chunk):
+        for start, stop, length in _pieces(q_BTNH, chunk):
             ids = None if document_ids_BP is None else document_ids_BP[:, start : stop + 1]
             decays = _compute_decays(slopes_N, length, ids, q_BTNH.dtype)
             q, k, v = (_split(x[:, start:stop], length) for x in (q_BTNH, k_BTNH, v_BTNH))
@@ -161,7 +170,7 @@ class _LightningAttention(torch.autograd.Function):
         q_BTNH, k_BTNH, v_BTNH, slopes_N, document_ids_BP, *befores = ctx.saved_tensors
         grads = []
         for (start, stop, length), before_BJNHH in zip(
-            reversed(list(_equal_chunks(q_BTNH.shape[1], ctx.chunk))), reversed(befores), strict=True
+            reversed(list(_pieces(q_BTNH, ctx.chunk))), reversed(befores), strict=True
         ):
             ids = None if document_ids_BP is None else document_ids_BP[:, start : stop + 1]
             decays = _compute_decays(slopes_N, length, ids, q_BTNH.dtype)
@@ -187,13 +196,15 @@ class _LightningAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None, grad_state_BNHH, None
 
 
-def _equal_chunks(n_tokens: int, chunk: int) -> Iterator[tuple[int, int, int]]:
-    """First token, the one behind the last, and length of chunks: of all the whole ones, then of what is left."""
-    n_whole = n_tokens - n_tokens % chunk
-    if n_whole:
-        yield 0, n_whole, chunk
-    if n_whole < n_tokens:
-        yield n_whole, n_tokens, n_tokens - n_whole
+def _pieces(q_BTNH: Tensor, chunk: int) -> Iterator[tuple[int, int, int]]:
+    """First token, the one behind the last, and length of the chunks of each piece: whole ones, then what is left."""
+    n_batch, n_tokens, n_heads, _ = q_BTNH.shape
+    n_chunks = n_tokens // chunk
+    n_at_a_time = max(1, MAX_PAIRS // (n_batch * n_heads * chunk**2), -(-n_chunks // MAX_PIECES))
+    for first in range(0, n_chunks, n_at_a_time):
+        yield first * chunk, min(first + n_at_a_time, n_chunks) * chunk, chunk
+    if n_tokens % chunk:
+        yield n_chunks * chunk, n_tokens, n_tokens % chunk
 
 
 def _split(x_BTNH: Tensor, length: int) -> Tensor:
