@@ -156,9 +156,8 @@ class _LightningAttention(torch.autograd.Function):
             added_BJNHH = _products((k * decays.leaving).transpose(-1, -2), v)
             before_BJNHH, state_BNHH = _accumulate(added_BJNHH, decays.through, state_BNHH)
             scores_XCC = decays.weigh(torch.bmm(_flat(q), _flat(k).transpose(1, 2)))
-            out_XCH = torch.bmm(scores_XCC, _flat(v))
-            out_XCH.baddbmm_(_flat(q * decays.arriving), _flat(before_BJNHH))
-            outs.append(_join(out_XCH.view_as(q)))
+            out = _products(q * decays.arriving, before_BJNHH)
+            outs.append(_join(_add_products(out, scores_XCC, _flat(v))))
             befores.append(before_BJNHH)
         ctx.save_for_backward(q_BTNH, k_BTNH, v_BTNH, slopes_N, document_ids_BP, *befores)
         ctx.chunk = chunk
@@ -186,11 +185,11 @@ class _LightningAttention(torch.autograd.Function):
             scores_XCC = decays.weigh(torch.bmm(_flat(q), _flat(k).transpose(1, 2)))
             grad_scores_XCC = decays.weigh(torch.bmm(_flat(grad), _flat(v).transpose(1, 2)))
             grad_q = _products(grad, before_BJNHH.transpose(-1, -2)).mul_(decays.arriving)
-            _flat(grad_q).baddbmm_(grad_scores_XCC, _flat(k))
             grad_k = _products(v, behind_BJNHH.transpose(-1, -2)).mul_(decays.leaving)
-            _flat(grad_k).baddbmm_(grad_scores_XCC.transpose(1, 2), _flat(q))
             grad_v = _products(k * decays.leaving, behind_BJNHH)
-            _flat(grad_v).baddbmm_(scores_XCC.transpose(1, 2), _flat(grad))
+            grad_q = _add_products(grad_q, grad_scores_XCC, _flat(k))
+            grad_k = _add_products(grad_k, grad_scores_XCC.transpose(1, 2), _flat(q))
+            grad_v = _add_products(grad_v, scores_XCC.transpose(1, 2), _flat(grad))
             grads.append([_join(x) for x in (grad_q, grad_k, grad_v)])
         grad_q, grad_k, grad_v = (torch.cat(parts[::-1], dim=1) for parts in zip(*grads, strict=True))
         return grad_q, grad_k, grad_v, None, None, grad_state_BNHH, None
@@ -223,6 +222,10 @@ def _flat(x_BJNRS: Tensor) -> Tensor:
 
 def _products(a_BJNRS: Tensor, b_BJNSU: Tensor) -> Tensor:
     return torch.bmm(_flat(a_BJNRS), _flat(b_BJNSU)).view(*a_BJNRS.shape[:-1], b_BJNSU.shape[-1])
+
+
+def _add_products(sum_BJNRS: Tensor, a_XRU: Tensor, b_XUS: Tensor) -> Tensor:
+    return torch.baddbmm(_flat(sum_BJNRS), a_XRU, b_XUS).view_as(sum_BJNRS)
 
 
 def _accumulate(added_BJNHH: Tensor, through: Tensor, state_BNHH: Tensor) -> tuple[Tensor, Tensor]:
