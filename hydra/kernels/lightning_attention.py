@@ -100,6 +100,21 @@ class _Decays:
     through: Tensor
     """Of the state before a chunk behind it, (B or 1, J or 1, N, 1, 1), in the dtype of states."""
 
+    def of_documents(self, document_ids_BP: Tensor | None) -> "_Decays":
+        """For whole chunks of tokens of these documents, and of that of the token before them."""
+        if document_ids_BP is None:
+            return self
+        ids_BJC = document_ids_BP[:, 1:].unflatten(1, (-1, self.within.shape[1]))
+        before_BJ1 = document_ids_BP[:, :-1].unflatten(1, (-1, self.within.shape[1]))[:, :, :1]
+        last_BJ1 = ids_BJC[:, :, -1:]
+        return _Decays(
+            self.within,
+            (ids_BJC[:, :, :, None] != ids_BJC[:, :, None, :])[:, :, None],
+            self.arriving * (ids_BJC == before_BJ1)[:, :, None, :, None],
+            self.leaving * (ids_BJC == last_BJ1)[:, :, None, :, None],
+            self.through * (before_BJ1 == last_BJ1)[:, :, None, :, None],
+        )
+
     def weigh(self, scores_XCC: Tensor) -> Tensor:
         """Decayed in place, (X, C, C)."""
         shape = (-1, self.within.shape[0]) if self.is_other is None else (*self.is_other.shape[:2], -1)
@@ -114,26 +129,18 @@ def _remain(lost_nats: Tensor) -> Tensor:
     return torch.exp(-lost_nats).masked_fill(lost_nats > NEGLIGIBLE_NATS, 0)
 
 
-def _compute_decays(slopes_N: Tensor, length: int, document_ids_BP: Tensor | None, dtype: torch.dtype) -> _Decays:
-    """Of whole chunks of one length, whose tokens document_ids_BP is of and of the one before."""
-    steps_C = torch.arange(length, device=slopes_N.device)
-    distances_CC = steps_C[:, None] - steps_C
-    slopes_N1 = slopes_N[:, None]
-    within_NCC = _remain(slopes_N1[..., None] * distances_CC.clamp(min=0)).masked_fill(distances_CC < 0, 0).to(dtype)
-    arriving = _remain(slopes_N1 * (steps_C + 1)).to(dtype)[None, None, :, :, None]
-    leaving = _remain(slopes_N1 * (length - 1 - steps_C)).to(dtype)[None, None, :, :, None]
-    through = _remain(slopes_N1 * length)[None, None, :, :, None]
-    if document_ids_BP is None:
-        return _Decays(within_NCC, None, arriving, leaving, through)
-    ids_BJC = document_ids_BP[:, 1:].unflatten(1, (-1, length))
-    before_BJ1, last_BJ1 = document_ids_BP[:, :-1].unflatten(1, (-1, length))[:, :, :1], ids_BJC[:, :, -1:]
-    return _Decays(
-        within_NCC,
-        (ids_BJC[:, :, :, None] != ids_BJC[:, :, None, :])[:, :, None],
-        arriving * (ids_BJC == before_BJ1)[:, :, None, :, None],
-        leaving * (ids_BJC == last_BJ1)[:, :, None, :, None],
-        through * (before_BJ1 == last_BJ1)[:, :, None, :, None],
-    )
+def _compute_decays(slopes_N: Tensor, lengths: set[int], dtype: torch.dtype) -> dict[int, _Decays]:
+    """Within one document, for chunks of each of these lengths."""
+    tables = {}
+    for length in lengths:
+        steps_C = torch.arange(length, device=slopes_N.device)
+        distances_CC = steps_C[:, None] - steps_C
+        within_NCC = _remain(slopes_N[:, None, None] * distances_CC).masked_fill(distances_CC < 0, 0)
+        by_step = [slopes_N[:, None] * (steps_C + 1), slopes_N[:, None] * (length - 1 - steps_C)]
+        arriving, leaving = (_remain(lost_NC)[None, None, :, :, None].to(dtype) for lost_NC in by_step)
+        through = _remain(slopes_N * length)[None, None, :, None, None]
+        tables[length] = _Decays(within_NCC.to(dtype), None, arriving, leaving, through)
+    return tables
 
 
 class _LightningAttention(torch.autograd.Function):
@@ -148,38 +155,40 @@ class _LightningAttention(torch.autograd.Function):
         state_BNHH: Tensor,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        outs, befores = [], []
-        for start, stop, length in _pieces(q_BTNH, chunk):
-            ids = None if document_ids_BP is None else document_ids_BP[:, start : stop + 1]
-            decays = _compute_decays(slopes_N, length, ids, q_BTNH.dtype)
+        out_BTNH, befores = torch.empty_like(q_BTNH, memory_format=torch.contiguous_format), []
+        pieces = list(_pieces(q_BTNH, chunk))
+        tables = _compute_decays(slopes_N, {length for _, _, length in pieces}, q_BTNH.dtype)
+        for start, stop, length in pieces:
+            decays = tables[length].of_documents(
+                None if document_ids_BP is None else document_ids_BP[:, start : stop + 1]
+            )
             q, k, v = (_split(x[:, start:stop], length) for x in (q_BTNH, k_BTNH, v_BTNH))
             added_BJNHH = _products((k * decays.leaving).transpose(-1, -2), v)
             before_BJNHH, state_BNHH = _accumulate(added_BJNHH, decays.through, state_BNHH)
             scores_XCC = decays.weigh(torch.bmm(_flat(q), _flat(k).transpose(1, 2)))
             out = _products(q * decays.arriving, before_BJNHH)
-            outs.append(_join(_add_products(out, scores_XCC, _flat(v))))
+            _write(out_BTNH[:, start:stop], _add_products(out, scores_XCC, _flat(v)))
             befores.append(before_BJNHH)
         ctx.save_for_backward(q_BTNH, k_BTNH, v_BTNH, slopes_N, document_ids_BP, *befores)
         ctx.chunk = chunk
-        return torch.cat(outs, dim=1), state_BNHH
+        return out_BTNH, state_BNHH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTNH: Tensor, grad_state_BNHH: Tensor) -> tuple[Tensor | None, ...]:
         q_BTNH, k_BTNH, v_BTNH, slopes_N, document_ids_BP, *befores = ctx.saved_tensors
-        grads = []
-        for (start, stop, length), before_BJNHH in zip(
-            reversed(list(_pieces(q_BTNH, ctx.chunk))), reversed(befores), strict=True
-        ):
-            ids = None if document_ids_BP is None else document_ids_BP[:, start : stop + 1]
-            decays = _compute_decays(slopes_N, length, ids, q_BTNH.dtype)
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTNH, k_BTNH, v_BTNH)]
+        pieces = list(_pieces(q_BTNH, ctx.chunk))
+        tables = _compute_decays(slopes_N, {length for _, _, length in pieces}, q_BTNH.dtype)
+        for (start, stop, length), before_BJNHH in zip(pieces[::-1], befores[::-1], strict=True):
+            decays = tables[length].of_documents(
+                None if document_ids_BP is None else document_ids_BP[:, start : stop + 1]
+            )
             q, k, v, grad = (_split(x[:, start:stop], length) for x in (q_BTNH, k_BTNH, v_BTNH, grad_BTNH))
             # What the outputs of a chunk want of the state before it, then what all that follows wants of the one
             # behind it.
             wanted_BJNHH = _products((q * decays.arriving).transpose(-1, -2), grad)
-            behind_BJNHH, grad_state_BNHH = _accumulate(
-                wanted_BJNHH.flip(1), decays.through.flip(1), grad_state_BNHH
-            )
+            behind_BJNHH, grad_state_BNHH = _accumulate(wanted_BJNHH.flip(1), decays.through.flip(1), grad_state_BNHH)
             behind_BJNHH = behind_BJNHH.flip(1)
 
             scores_XCC = decays.weigh(torch.bmm(_flat(q), _flat(k).transpose(1, 2)))
@@ -187,12 +196,10 @@ class _LightningAttention(torch.autograd.Function):
             grad_q = _products(grad, before_BJNHH.transpose(-1, -2)).mul_(decays.arriving)
             grad_k = _products(v, behind_BJNHH.transpose(-1, -2)).mul_(decays.leaving)
             grad_v = _products(k * decays.leaving, behind_BJNHH)
-            grad_q = _add_products(grad_q, grad_scores_XCC, _flat(k))
-            grad_k = _add_products(grad_k, grad_scores_XCC.transpose(1, 2), _flat(q))
-            grad_v = _add_products(grad_v, scores_XCC.transpose(1, 2), _flat(grad))
-            grads.append([_join(x) for x in (grad_q, grad_k, grad_v)])
-        grad_q, grad_k, grad_v = (torch.cat(parts[::-1], dim=1) for parts in zip(*grads, strict=True))
-        return grad_q, grad_k, grad_v, None, None, grad_state_BNHH, None
+            _write(grads[0][:, start:stop], _add_products(grad_q, grad_scores_XCC, _flat(k)))
+            _write(grads[1][:, start:stop], _add_products(grad_k, grad_scores_XCC.transpose(1, 2), _flat(q)))
+            _write(grads[2][:, start:stop], _add_products(grad_v, scores_XCC.transpose(1, 2), _flat(grad)))
+        return *grads, None, None, grad_state_BNHH, None
 
 
 def _pieces(q_BTNH: Tensor, chunk: int) -> Iterator[tuple[int, int, int]]:
@@ -211,9 +218,8 @@ def _split(x_BTNH: Tensor, length: int) -> Tensor:
     return x_BTNH.unflatten(1, (-1, length)).transpose(2, 3).contiguous()
 
 
-def _join(x_BJNCH: Tensor) -> Tensor:
-    """(B, T, N, H) again."""
-    return x_BJNCH.transpose(2, 3).flatten(1, 2)
+def _write(memory_BTNH: Tensor, x_BJNCH: Tensor) -> None:
+    memory_BTNH.unflatten(1, (x_BJNCH.shape[1], x_BJNCH.shape[3])).copy_(x_BJNCH.transpose(2, 3))
 
 
 def _flat(x_BJNRS: Tensor) -> Tensor:
@@ -225,7 +231,10 @@ def _products(a_BJNRS: Tensor, b_BJNSU: Tensor) -> Tensor:
 
 
 def _add_products(sum_BJNRS: Tensor, a_XRU: Tensor, b_XUS: Tensor) -> Tensor:
-    return torch.baddbmm(_flat(sum_BJNRS), a_XRU, b_XUS).view_as(sum_BJNRS)
+    """In place."""
+    sum_XRS = _flat(sum_BJNRS)
+    torch.baddbmm(sum_XRS, a_XRU, b_XUS, out=sum_XRS)
+    return sum_BJNRS
 
 
 def _accumulate(added_BJNHH: Tensor, through: Tensor, state_BNHH: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,11 @@ def test_chunks_equal_recurrence(
         out, last = compute(q, k, v, slopes_N, ids_BP, state if goes_on else None, *extra)
         grads = torch.autograd.grad((out * weight).sum() + (last * state_weight).sum(), inputs, materialize_grads=True)
         results.append([out, last, *grads])
-    assert [x.dtype for x in results[0]] == [dtype, torch.promote_types(dtype, torch.float32), *(x.dtype for x in inputs)]
+    assert [x.dtype for x in results[0]] == [
+        dtype,
+        torch.promote_types(dtype, torch.float32),
+        *(x.dtype for x in inputs),
+    ]
     for name, ours, theirs in zip(["out", "last state", "q", "k", "v", "state"], *results, strict=False):
         if theirs.abs().max() == 0:  # a state that no token sees has no gradient
             assert ours.abs().max() == 0, name

@@ -151,7 +151,9 @@ def test_08_positions_are_not_used() -> None:
     # Nor is a place counted in secret: without decay, the order of earlier tokens does not matter.
     q, k, v = draw_heads(9)
     order = [3, 1, 0, 2, 7, 6, 5, 4, 8]
-    last = [lightning_attention(q[:, o], k[:, o], v[:, o], torch.zeros(4), chunk=4)[0][:, -1] for o in (order, range(9))]
+    last = [
+        lightning_attention(q[:, o], k[:, o], v[:, o], torch.zeros(4), chunk=4)[0][:, -1] for o in (order, range(9))
+    ]
     assert_close(*last, torch.float64, "last output")
 
 
