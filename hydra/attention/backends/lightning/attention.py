@@ -102,8 +102,8 @@ class LightningAttention(AttentionBackend):
             state_BNHH = cache.state_BNHH
             if ids_BP is not None:
                 state_BNHH = state_BNHH.masked_fill((ids_BP[:, 0] != ids_BP[:, 1])[:, None, None, None], 0)
-            token = (x_BTNH[:, 0] for x_BTNH in (q_BTNH, k_BTNH, v_BTNH))
-            out_BNH, state_BNHH = lightning_attention_step(*token, slopes_N, state_BNHH)
+            q_BNH, k_BNH, v_BNH = q_BTNH[:, 0], k_BTNH[:, 0], v_BTNH[:, 0]
+            out_BNH, state_BNHH = lightning_attention_step(q_BNH, k_BNH, v_BNH, slopes_N, state_BNHH)
             out_BTNH = out_BNH[:, None]
         cache.state_BNHH.copy_(state_BNHH)
         return out_BTNH

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hydra.attention.backends.lightning.attention import LightningAttention, LightningCache
 from hydra.attention.backends.lightning.reference import compute_reference
+from hydra.attention.masks import build_context
 from hydra.testing.poison import nan_poisoned_memory  # noqa: F401
 from hydra.testing.specs import build_random_layer, document_ids, random_activations
 from hydra.testing.tolerances import assert_close
@@ -124,11 +126,19 @@ def test_left_padding_as_a_document_of_its_own_changes_nothing(split: tuple[int,
         assert_close(cache.state_BNHH[row : row + 1], expected_BNHH, torch.float64, "state")
 
 
-def test_compiled_layer_is_one_graph_whatever_layer_it_is() -> None:
-    """Forward and backward; the decay of a layer is data to compiled code."""
+def test_layers_are_compiled_once() -> None:
+    """One graph, forward and backward: the decay of a layer is data to compiled code."""
     torch.compiler.reset()
-    x_BTD, ids_BT = random_activations(1, 9, 24, dtype=torch.float32), document_ids(4, 5)
-    layer = build(dtype=torch.float32)
-    expected_BTD = layer(x_BTD, document_ids_BT=ids_BT)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
-    assert_close(compiled(x_BTD, document_ids_BT=ids_BT), expected_BTD, torch.float32, "outputs")
+    counter = CompileCounterWithBackend("aot_eager")
+    layers = [build(dtype=torch.float32, layer_index=index) for index in range(3)]
+    for layer in layers:
+        layer.compile(fullgraph=True, dynamic=False, backend=counter)
+    x_BTD = random_activations(1, 9, 24, dtype=torch.float32).requires_grad_()
+    for layer in layers:
+        context = layer.prepare(build_context(x_BTD, document_ids_BT=document_ids(4, 5)))
+        results = []
+        for out_BTD in (layer(x_BTD, context), layer.forward(x_BTD, context)):
+            results.append([out_BTD, *torch.autograd.grad(out_BTD.square().sum(), [x_BTD, *layer.parameters()])])
+        for ours, theirs in zip(*results, strict=True):
+            assert_close(ours, theirs, torch.float32)
+    assert counter.frame_count == 1
