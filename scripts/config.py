@@ -313,6 +313,7 @@ class TrainingConfig:
 
     def asked_choices(self) -> "AskedChoices":
         """What is asked for of what a run chooses once; `auto` is resolved on the machine that begins it."""
+
         def choose_attention_kernel(device: str) -> tuple[str, str]:
             from hydra.attention.core import check_kernel, choose_kernel
 

@@ -22,6 +22,7 @@ class BackendEntry:
 BACKENDS = {
     "ccgqa": BackendEntry("hydra.attention.backends.ccgqa", "CCGQASpec", "CompressedConvolutionalAttention"),
     "gqa": BackendEntry("hydra.attention.backends.gqa", "GQASpec", "GroupedQueryAttention"),
+    "lightning": BackendEntry("hydra.attention.backends.lightning", "LightningSpec", "LightningAttention"),
     "mla": BackendEntry("hydra.attention.backends.mla", "MLASpec", "LatentAttention"),
 }
 

@@ -113,10 +113,10 @@ def _summary(run: Run, plan: Plan, failure: str | None) -> list[str]:
             else ""
         )
         parts.append(f'<section class="failure" role="alert"><h2 id="failure">{heading}</h2>{told}{tail}</section>')
-    parts.append(
-        f'<p class="question">{escape(plan.question)}</p><p class="answer">{escape(JOBS[plan.job].answer(run, status))}</p>'
-    )
-    parts.append(f"<h2 id='status-and-cost'>Status and cost</h2>{tiles(JOBS[plan.job].cost(status))}")
+    job = JOBS[plan.job]
+    parts.append(f'<p class="question">{escape(plan.question)}</p>')
+    parts.append(f'<p class="answer">{escape(job.answer(run, status))}</p>')
+    parts.append(f"<h2 id='status-and-cost'>Status and cost</h2>{tiles(job.cost(status))}")
     return parts
 
 

@@ -52,6 +52,8 @@ INITIALISATION: tuple[tuple[str, Rule], ...] = (
     (r"blocks\.\d+\.attention\.(q|k|v|v_previous)_proj\.weight", fill_normal),
     (r"blocks\.\d+\.attention\.(q|kv)_(down|up)_proj\.weight", fill_normal),
     (r"blocks\.\d+\.attention\.(q|kv)_norm\.weight", fill_ones),
+    (r"blocks\.\d+\.attention\.gate(|_down|_up)_proj\.weight", fill_normal),
+    (r"blocks\.\d+\.attention\.norm\.weight", fill_ones),
     (r"blocks\.\d+\.attention\.o_proj\.weight", fill_residual),
     (r"blocks\.\d+\.attention\.conv[01]\.weight", fill_normal),
     (r"blocks\.\d+\.attention\.conv[01]\.bias", fill_zeros),

@@ -16,7 +16,7 @@ def test_every_backend_loads_and_has_a_public_shim() -> None:
 
 
 def test_an_unknown_backend_lists_the_known_ones_and_the_closest() -> None:
-    message = r"attention must be one of ccgqa, gqa, mla, but got attention='ccqga'; did you mean 'ccgqa'\?"
+    message = r"attention must be one of ccgqa, gqa, lightning, mla, but got attention='ccqga'; did you mean 'ccgqa'\?"
     for refused in (
         lambda: check_options("ccqga", 64, 8, {}),
         lambda: build_attention("ccqga", d_model=64, n_heads=8),
@@ -31,7 +31,7 @@ def test_options_are_checked_without_torch() -> None:
         "import sys\n"
         "from hydra.attention import available_backends, check_options\n"
         "for name in available_backends():\n"
-        "    check_options(name, 64, 8, {'rope_base': 500.0})\n"
+        "    check_options(name, 64, 8, {})\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

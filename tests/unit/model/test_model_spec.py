@@ -28,7 +28,7 @@ def test_a_spec_keeps_its_own_options() -> None:
         ({"n_layers": True}, "n_layers must be an integer"),
         ({"vocab_size": 61.0}, "vocab_size must be an integer"),
         ({"n_heads": 5}, "n_heads must divide d_model"),
-        ({"attention": "gpa"}, "attention must be one of ccgqa, gqa, mla, but got attention='gpa'; did you mean 'gqa'"),
+        ({"attention": "gpa"}, "attention must be one of ccgqa, gqa, lightning, mla, .* did you mean 'gqa'"),
         (
             {"attention_options": {"kv_heads": 2}},
             "option must be one of n_kv_heads, rope_base, .* did you mean 'n_kv_heads'",
