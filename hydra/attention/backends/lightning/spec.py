@@ -15,7 +15,7 @@ class LightningSpec(AttentionSpec):
     """Width between the two matrices of the output gate; 0 for one matrix of full rank, as in the released models."""
 
     @classmethod
-    def default_options(cls, n_heads: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    def default_options(cls, d_model: int, n_heads: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """The gate of the released models."""
         return {"gate_rank": 0}
 
