@@ -57,7 +57,7 @@ class LeftOut:
 
 
 def build_arms(config: ComparisonConfig, equal: str) -> tuple[list[Arm], list[LeftOut]]:
-    """The baseline, then every arm that can be made equal to it in `equal`, and those that cannot.
+    """The baseline and every arm that can be made equal to it in `equal`; those that cannot, or become another's twin.
 
     Raises:
         ConfigError: the baseline itself has no cache of the size that is asked for.
@@ -73,10 +73,23 @@ def build_arms(config: ComparisonConfig, equal: str) -> tuple[list[Arm], list[Le
         try:
             attention = solve_cache(config, name, base.cache_bytes) if equal == "kv_bytes" else name
             quantity = "flops" if equal == "flops" else "parameters"
-            arms.append(solve_feed_forward(config, name, attention, quantity, target))
+            arm = solve_feed_forward(config, name, attention, quantity, target)
         except ConfigError as error:
             left_out.append(LeftOut(name, str(error)))
+            continue
+        twin = next((other.name for other in arms if is_same_model(other, arm)), None)
+        if twin is None:
+            arms.append(arm)
+        else:
+            left_out.append(LeftOut(name, f"made equal, it is the same model as {twin}"))
     return arms, left_out
+
+
+def is_same_model(one: Arm, other: Arm) -> bool:
+    """Whether two arms, however they were asked for, come to the same layers."""
+    specs = [arm.config.model_spec() for arm in (one, other)]
+    layers = [[(layer.name, layer.spec) for layer in spec.plan_layers()] for spec in specs]
+    return layers[0] == layers[1] and specs[0].d_feed_forward == specs[1].d_feed_forward
 
 
 def measure(config: TrainingConfig, name: str, attention: str) -> Arm:

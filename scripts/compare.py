@@ -77,7 +77,7 @@ class Comparer:
 
     def _run_as_owner(self) -> None:
         config = self.config
-        self.ledger.begin(self._count_runs(), unit="run")
+        self.ledger.begin(self.config.n_runs, unit="run")
         record_session(self.run_dir, describe_session(), {})
         keep_records(self.run_dir / paths.METRICS, lambda step: False)
         self.results = paths.read_json(self.run_dir / paths.RESULTS) or self.results
@@ -99,11 +99,6 @@ class Comparer:
             raise
         self.ledger.update(step=self.ledger.state.max_steps)
         self.ledger.finish("done", stage="done")
-
-    def _count_runs(self) -> int:
-        """Runs of every arm if each could be made equal and none were shared."""
-        config = self.config
-        return len(config.equal) * (1 + len(config.arms)) * (len(config.learning_rate_factors) + config.n_seeds)
 
     # ---------------------------------------------------------------- one comparison
 

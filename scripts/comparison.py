@@ -120,6 +120,11 @@ class ComparisonConfig:
         """The run of one attention; `fields` come before the comparison's own."""
         return TrainingConfig.preset(self.preset, **{**self.fields, "attention": attention, **fields})
 
+    @property
+    def n_runs(self) -> int:
+        """Runs if every arm can be made equal and none is shared between comparisons: at most so many are trained."""
+        return len(self.equal) * (1 + len(self.arms)) * (len(self.learning_rate_factors) + self.n_seeds)
+
     def to_json(self) -> str:
         """Every field, as config.json holds it."""
         return json.dumps(asdict(self), indent=2) + "\n"

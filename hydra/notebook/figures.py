@@ -43,9 +43,9 @@ def show_config(config: Config) -> None:
     config_section(json.loads(config.to_json()), config.differences()).show()
 
 
-def show_plan(forecast: "Forecast") -> None:
-    """Display what a run will take before it is started: memory by kind, tokens, time, disk."""
-    plan_section(forecast).show()
+def show_plan(forecast: "Forecast", n_runs: int = 1) -> None:
+    """Display what a run will take before it is started, n_runs times: memory by kind, tokens, time, disk."""
+    plan_section(forecast, n_runs).show()
 
 
 def show_memory(run: Run) -> None:
@@ -117,7 +117,7 @@ def config_section(config: Mapping[str, object], differences: Mapping[str, tuple
     )
 
 
-def plan_section(forecast: "Forecast") -> Section:
+def plan_section(forecast: "Forecast", n_runs: int = 1) -> Section:
     """See `show_plan`."""
     plan = forecast.memory
     fit = f"{plan.prediction.total / MIB:,.0f} of {plan.limit_bytes / MIB:,.0f} MiB ({plan.limit_source})"
@@ -128,6 +128,8 @@ def plan_section(forecast: "Forecast") -> Section:
     )
     tokens = f"{forecast.n_tokens:,} in {forecast.n_steps:,} steps of {forecast.tokens_per_step:,}"
     time = format_duration(forecast.seconds)
+    if n_runs > 1:
+        time = f"{format_duration(n_runs * forecast.seconds)} for at most {n_runs} runs of {time}"
     disk = f"{format_bytes(forecast.disk_bytes)}, {forecast.n_checkpoints} checkpoints kept"
     head = facts(
         {

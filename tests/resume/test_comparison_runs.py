@@ -1,0 +1,111 @@
+"""A comparison that is killed goes on to the same figures; asked to stop, it says so."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydra.errors import RunError
+from hydra.runtime import Run
+from scripts.comparison import ComparisonConfig
+from scripts.config import TrainingConfig
+from scripts.launch import write_config_once
+
+CORPUS = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture
+def make_comparison(tmp_path: Path) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        config = ComparisonConfig.from_parameters(
+            {
+                "preset": "tiny",
+                "arms": ["ccgqa"],
+                "equal": ["parameters"],
+                "cost_lengths": [16],
+                "max_steps": 6,
+                "context_length": 64,
+                "corpus": str(CORPUS),
+                "data_dir": str(tmp_path / "data"),
+            }
+        )
+        write_config_once(config, tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def start(run_dir: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "scripts.compare", str(run_dir)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(run_dir: Path) -> dict[str, Any]:
+    process = start(run_dir)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def figures(results: dict[str, Any]) -> dict[str, Any]:
+    """What does not depend on the clock."""
+    found = results["comparisons"]["parameters"]
+    differences = {arm["name"]: arm["differences"] for arm in found["comparison"]["arms"]}
+    return {"figures": found["figures"], "rates": found["learning_rates"], "differences": differences}
+
+
+def test_killed_and_stopped_it_ends_at_the_same_figures(
+    make_comparison: Callable[[str], Path], moments: random.Random
+) -> None:
+    expected = finish(make_comparison("whole"))
+    run_dir = make_comparison("killed")
+    for kill in range(3):
+        process = start(run_dir)
+        wait_for_runs(process, run_dir, 1 + 3 * kill)
+        time.sleep(moments.uniform(0.0, 0.8))
+        if kill == 2:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 75
+            status = Run(run_dir).status()
+            assert (status.status, status.cause) == ("interrupted", "SIGTERM")
+        else:
+            process.kill()
+            process.wait()
+            assert Run(run_dir).status().status == "interrupted"
+    results = finish(run_dir)
+    assert figures(results) == figures(expected)
+    status = Run(run_dir).status()
+    assert (status.status, status.unit, status.step, status.max_steps) == ("done", "run", 12, 12)
+    assert status.restarts >= 3
+
+    by_seed = results["comparisons"]["parameters"]["figures"]
+    assert set(by_seed) == {"gqa(n_kv_heads=4)", "ccgqa"}
+    assert all(set(of_arm) == {"0", "1", "2"} for of_arm in by_seed.values())
+    costs = results["costs"]["16"]["ccgqa"]
+    assert costs["cache_bytes"] == costs["cache_bytes_by_formula"] > 0
+    assert all(value > 0 for value in costs.values())
+    # Finished, it is not run again.
+    before = (run_dir / "results.json").stat().st_mtime_ns
+    finish(run_dir)
+    assert (run_dir / "results.json").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_the_other_kind_is_refused(make_comparison: Callable[[str], Path]) -> None:
+    run_dir = make_comparison("comparison")
+    with pytest.raises(RunError, match="is a comparison; give another run_dir"):
+        write_config_once(TrainingConfig(), run_dir)
+
+
+def wait_for_runs(process: "subprocess.Popen[str]", run_dir: Path, n_runs: int) -> None:
+    deadline = time.monotonic() + 120
+    while Run(run_dir).status().step < n_runs:
+        assert process.poll() is None, "the comparison ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,89 @@
+"""What a comparison is asked for, and how its arms are made equal."""
+
+import json
+from typing import Any
+
+import pytest
+
+from hydra.errors import ConfigError
+from scripts.arms import CACHE_TOLERANCE, build_arms
+from scripts.comparison import EQUALITIES, ComparisonConfig
+
+
+def comparison(**parameters: Any) -> ComparisonConfig:
+    return ComparisonConfig.from_parameters({"preset": "small", **parameters})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [
+        ({"lerning_rate": 1}, "lerning_rate: there is no such parameter; did you mean learning_rate?"),
+        ({"n_seed": 3}, "n_seed: there is no such parameter; did you mean n_seeds?"),
+        ({"arms": []}, "arms"),
+        ({"arms": ["gqa", "gqa"]}, "arms must be distinct"),
+        ({"arms": ["gqa(n_kv_heads=4)"]}, "arms must be distinct, and other than the baseline"),
+        ({"arms": ["ccgqua"]}, "did you mean 'ccgqa'"),
+        ({"arms": ["3*ccgqa, gqa(windov=3)"]}, "did you mean 'window'"),
+        ({"arms": ["5*ccgqa"]}, "at most n_layers=4"),
+        ({"equal": ["speed"]}, "equal: input should be 'parameters', 'flops' or 'kv_bytes', but got 'speed'"),
+        ({"n_seeds": 0}, "n_seeds"),
+        ({"learning_rate_factors": [1.0, 2.0]}, "learning_rate_factors"),
+        ({"learning_rate_factors": [1.0, 2.0, 2.0]}, "learning_rate_factors must be distinct"),
+        ({"kv_share": 0.0}, "kv_share"),
+        ({"attention": "gqa"}, "attention: name attentions in arms and baseline"),
+        ({"seed": 3}, "seed: give n_seeds"),
+        ({"preset": "smal"}, "did you mean small"),
+        ({"max_steps": "many"}, "max_steps"),
+        ({"n_heads": 3}, "n_heads must divide d_model"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared_is_refused_by_name(parameters: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told.replace("?", r"\?").replace("*", r"\*")):
+        comparison(**parameters)
+
+
+def test_a_comparison_goes_round_and_tells_its_differences() -> None:
+    config = comparison(arms=["ccgqa"], n_seeds=5, max_steps=70)
+    assert ComparisonConfig.from_json(config.to_json()) == config
+    assert config.fields == {"max_steps": 70}
+    assert config.differences()["max_steps"] == (None, 70)
+    assert config.differences()["n_seeds"] == (3, 5)
+    assert config.differences(config) == {}
+    assert config.training_config("ccgqa", seed=4).max_steps == 70
+    arguments = config.papermill_arguments()
+    assert arguments[arguments.index("n_seeds") - 1 :][:3] == ["-p", "n_seeds", "5"]
+    assert json.loads(arguments[arguments.index("-y") + 1]) == {"arms": ["ccgqa"]}
+    assert comparison().papermill_arguments() == []
+    assert config.n_runs == 3 * 2 * (3 + 5)
+
+
+@pytest.mark.parametrize("equal", EQUALITIES)
+def test_arms_are_equal_in_what_they_are_said_to_be(equal: str) -> None:
+    config = comparison()
+    (base, *others), left_out = build_arms(config, equal)
+    assert base.name == config.baseline
+    assert {arm.name for arm in others} | {one.name for one in left_out} == set(config.arms)
+    assert others
+    for arm in others:
+        quantity = "forward_flops" if equal == "flops" else "n_parameters"
+        # One channel more or less of the feed-forward layers is what cannot be met exactly.
+        assert getattr(arm, quantity) == pytest.approx(getattr(base, quantity), rel=3e-3), arm.name
+        if equal == "kv_bytes":
+            assert arm.cache_bytes == pytest.approx(base.cache_bytes, rel=CACHE_TOLERANCE), arm.name
+        else:
+            assert arm.attention == arm.name
+    if equal == "parameters":
+        assert base.config == config.training_config(config.baseline)
+    if equal == "kv_bytes":
+        whole = build_arms(config, "parameters")[0][0]
+        assert base.cache_bytes == pytest.approx(config.kv_share * whole.cache_bytes, rel=CACHE_TOLERANCE)
+        assert base.n_parameters == pytest.approx(whole.n_parameters, rel=3e-3)
+
+
+def test_what_cannot_be_made_equal_is_left_out_with_the_reason() -> None:
+    config = comparison(arms=["gqa(n_kv_heads=1)", "lightning", "ccgqa"])
+    _, left_out = build_arms(config, "kv_bytes")
+    reasons = {one.name: one.reason for one in left_out}
+    assert "no layer of it has an option" in reasons["lightning"]
+    assert "the same model as gqa(n_kv_heads=4)" in reasons["gqa(n_kv_heads=1)"]
