@@ -18,20 +18,19 @@ def mean_pool_heads(weight_XD: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
     """The mean of each n_heads / n_kv_heads neighbouring heads of a key or value projection.
 
     Args:
-        weight_XD: N heads of H rows, (N H, D); any floating dtype, in which the result is rounded.
+        weight_XD: N heads of H rows, (N H, D); any floating dtype.
         n_heads: N, which divides its rows.
         n_kv_heads: K, which divides N.
     Returns:
-        (K H, D). The mean is taken in at least float32.
+        (K H, D), in that dtype, to which sums in float32 are rounded.
     Raises:
         ConfigError: n_kv_heads does not divide n_heads.
     """
     check_int("n_kv_heads", n_kv_heads)
     check_divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
     assert weight_XD.shape[0] % n_heads == 0, (weight_XD.shape, n_heads)
-    dtype = torch.promote_types(weight_XD.dtype, torch.float32)
-    heads_KGHD = weight_XD.to(dtype).view(n_kv_heads, n_heads // n_kv_heads, -1, weight_XD.shape[1])
-    return heads_KGHD.mean(dim=1).flatten(0, 1).to(weight_XD.dtype)
+    heads_KGHD = weight_XD.view(n_kv_heads, n_heads // n_kv_heads, -1, weight_XD.shape[1])
+    return heads_KGHD.mean(dim=1).flatten(0, 1)
 
 
 @torch.no_grad()

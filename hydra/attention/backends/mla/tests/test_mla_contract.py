@@ -2,8 +2,6 @@
 
 from typing import Any, ClassVar
 
-import torch
-
 from hydra.testing.attention_contract import AttentionContract
 from hydra.testing.poison import nan_poisoned_memory  # noqa: F401
 
@@ -55,8 +53,4 @@ class TestLatentQueries(TestLatent):
 
 class TestWithoutPosition(TestLatent):
     options: ClassVar[dict[str, Any]] = {**TestLatent.options, "rotary_width": 0}
-
-    def test_positions_count_relatively(self) -> None:
-        """They do not count at all."""
-        layer, x_BTD = self.build(), self.activations(2, 7)
-        assert torch.equal(layer(x_BTD, positions_BT=torch.arange(7)[None] * 3), layer(x_BTD))
+    uses_positions = False
