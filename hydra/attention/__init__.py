@@ -47,5 +47,5 @@ def build_attention(
         d_model=d_model, n_heads=n_heads, layer_index=layer_index, n_layers=n_layers, options=options
     )
     layer = load_layer_class(name)(spec)
-    layer.kernels = kernels
+    layer.use_kernels(kernels)
     return layer

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hydra.attention.masks import AttentionContext, TokenHistory, build_context
 from hydra.attention.spec import AttentionSpec
+from hydra.layers.norms import RMSNorm
 
 __all__ = ["AttentionBackend", "AttentionCache", "AttentionSpec", "KeyValueCache"]
 
@@ -93,6 +94,13 @@ class AttentionBackend(nn.Module, ABC):
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
         self.spec = spec
+
+    def use_kernels(self, kernels: str) -> None:
+        """Let `kernels` serve this layer and the norms inside it."""
+        self.kernels = kernels
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.kernels = kernels
 
     def forward(
         self,

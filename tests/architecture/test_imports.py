@@ -116,7 +116,8 @@ def test_every_module_of_a_clean_clone_imports_without_gpu_and_triton(tmp_path: 
     for name in files.stdout.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    names = [name for name in sorted(modules()) if not name.endswith(".die_with_parent")]
+    # What lies under _triton/ is loaded when it is asked for, after dispatch has seen that triton is there.
+    names = [name for name in sorted(modules()) if not name.endswith(".die_with_parent") and "._triton." not in name]
     code = (
         "import sys\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"

@@ -20,6 +20,8 @@ INPUTS_BT = torch.randint(61, (2, 19), generator=torch.Generator().manual_seed(0
 TARGETS_BT = INPUTS_BT.roll(-1, dims=1)
 IDS_BT = torch.cat([document_ids(8, 11), document_ids(19)])
 N_LAYERS = 2
+INSIDE_ATTENTION = {"ccgqa": (0, 2), "gqa": (0, 2), "lightning": (1, 0), "mla": (1, 2)}
+"""Norms of a layer, and how often it rotates: queries and keys."""
 
 
 class CountedOperators(TorchDispatchMode):
@@ -54,10 +56,11 @@ def test_the_kernels_serve_a_model(attention: str, feed_forward: str) -> None:
     expected_loss, expected = loss_and_gradients(build(attention, "torch", feed_forward))
     with CountedOperators() as operators:
         loss, gradients = loss_and_gradients(build(attention, "triton", feed_forward))
+    n_norms, n_rotated = INSIDE_ATTENTION[attention]
     for name in ("rms_norm", "rms_norm_backward"):
-        assert operators.counts[name] == 2 * N_LAYERS + 1
-    for name in ("qk_norm_rope", "qk_norm_rope_backward"):  # queries and keys
-        assert operators.counts[name] == 2 * N_LAYERS
+        assert operators.counts[name] == (2 + n_norms) * N_LAYERS + 1
+    for name in ("qk_norm_rope", "qk_norm_rope_backward"):
+        assert operators.counts[name] == n_rotated * N_LAYERS
     for name in (feed_forward, f"{feed_forward}_backward"):
         assert operators.counts[name] == N_LAYERS
     assert_close(loss, expected_loss, torch.float32, "loss")

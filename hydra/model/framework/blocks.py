@@ -23,7 +23,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = RMSNorm(spec.d_model, spec.norm_eps, kernels)
         self.attention = load_layer_class(layer.name)(layer.spec)
-        self.attention.kernels = kernels
+        self.attention.use_kernels(kernels)
         self.feed_forward_norm = RMSNorm(spec.d_model, spec.norm_eps, kernels)
         self.feed_forward = FEED_FORWARD_CLASSES[spec.feed_forward](spec.d_model, spec.d_feed_forward, kernels)
 

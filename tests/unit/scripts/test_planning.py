@@ -11,6 +11,7 @@ import torch
 
 from hydra.attention.core import choose_kernel
 from hydra.errors import ConfigError, MemoryLimitError
+from hydra.kernels.dispatch import is_triton_installed
 from hydra.model.framework import HydraModel
 from hydra.runtime import Run
 from hydra.runtime.choices import Choices
@@ -18,7 +19,7 @@ from hydra.runtime.memory import HostMemory
 from hydra.runtime.memory.plan import Rung
 from scripts import planning
 from scripts.config import PRESETS, TrainingConfig
-from scripts.planning import forecast, plan_memory, predict_peak
+from scripts.planning import forecast, plan_memory, predict_peak, rehearse
 from scripts.trainer import Trainer
 
 GIB = 2**30
@@ -190,3 +191,14 @@ def test_forecast_counts_tokens_time_and_disk(data_dir: str) -> None:
     assert told.overhead_s_per_step > 0.01
     assert 8 * told.n_parameters < told.checkpoint_bytes <= 13 * told.n_parameters
     assert told.disk_bytes > 3 * told.checkpoint_bytes
+
+
+@pytest.mark.skipif(not is_triton_installed(), reason="triton is not installed")
+def test_a_run_on_tritons_kernels_is_rehearsed_without_a_gpu() -> None:
+    """Each leaves one tensor where torch's operators leave several on their way."""
+    config = TrainingConfig.preset("tiny", attention="gqa", feed_forward="swiglu")
+    n_blocks = {}
+    for kernels in ("torch", "triton"):
+        choices = dataclasses.replace(EAGER, device="cuda", kernels=kernels, micro_batch_size=4)
+        n_blocks[kernels] = len(rehearse(config, choices, 257).blocks)
+    assert n_blocks["triton"] < n_blocks["torch"]

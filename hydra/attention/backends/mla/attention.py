@@ -20,8 +20,8 @@ from hydra.attention.backends.mla.spec import MLASpec
 from hydra.attention.base import AttentionBackend, AttentionCache, count_visible_pairs, write_tokens
 from hydra.attention.core import softmax_attention
 from hydra.attention.masks import AttentionContext, TokenHistory, causal_mask, interval_mask, to_additive
+from hydra.kernels.qk_norm_rope import qk_norm_rope
 from hydra.layers.norms import RMSNorm
-from hydra.layers.rotary import apply_rotary
 
 NORM_EPS = 1e-6
 MAX_ABSORBED_TOKENS = 256
@@ -137,7 +137,9 @@ class LatentAttention(AttentionBackend):
         return out_NBTU.unflatten(1, (n_batch, n_tokens)).permute(1, 2, 0, 3)
 
     def _rotate(self, x_BTNR: Tensor, context: AttentionContext) -> Tensor:
-        return x_BTNR if context.rotary is None else apply_rotary(x_BTNR, *context.rotary)
+        if context.rotary is None:
+            return x_BTNR
+        return qk_norm_rope(x_BTNR, *context.rotary, norm_eps=None, kernels=self.kernels)
 
     def new_cache(self, batch_size: int, max_tokens: int, *, history: TokenHistory | None = None) -> LatentCache:
         """See AttentionBackend.new_cache."""
