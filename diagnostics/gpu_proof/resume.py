@@ -1,6 +1,7 @@
 """Whether a training run on the GPU that is killed goes on, and ends where it would have ended."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -13,13 +14,19 @@ from pathlib import Path
 import torch
 
 from diagnostics.gpu_proof.text import as_table, say
-from scripts.config import TrainingConfig
 
 ROOT = Path(__file__).parents[2]
+NEEDED = ("numpy", "pydantic", "safetensors", "tokenizers", "tensorboard")
+"""What the trainer imports, in a process of its own."""
 
 
 def kill_and_resume() -> str:
     """A run on the GPU that is killed (SIGKILL) in the middle and resumed ends with the same weights."""
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(name=package)
+    from scripts.config import TrainingConfig
+
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         hashes = {}

@@ -20,8 +20,9 @@ IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE = 2048
 """Elements that a program holds at a time at least: narrow rows share a program until they have so many together."""
-MAX_WIDTH = 32768
-"""Widest row that a program holds whole: 32 elements of each tensor in each of 1,024 threads."""
+MAX_WIDTH = 8192
+"""Widest row that a program holds whole: 16 elements of each tensor in each of 512 threads, which may have 128
+registers each. Twice as many threads would have half of them, and spill."""
 MAX_ROWS = 2**31 - 2**16
 """Most rows where they are counted in 32 bits, as programs of a grid are; elements are counted in 64."""
 MAX_COLUMN_BLOCK = 1024
@@ -101,8 +102,8 @@ def whole_rows(width: int) -> RowLaunch:
     """For kernels that reduce over a row: all of it in one program, several rows if they are narrow."""
     block_width = triton.next_power_of_2(width)
     n_rows = max(1, TILE // block_width)
-    # 8 to 32 elements of a tensor in each thread: wide loads, and no spilling with three tensors held at once.
-    num_warps = min(max(n_rows * block_width // 512, 4), 32)
+    # 16 elements of a tensor in each thread: wide loads, and no spilling with three tensors held at once.
+    num_warps = n_rows * block_width // 512
     return RowLaunch(n_rows, block_width, num_warps)
 
 
@@ -112,9 +113,12 @@ def column_blocks(width: int) -> RowLaunch:
     return RowLaunch(MAX_COLUMN_BLOCK // block_width, block_width, 4)
 
 
-def reduction_programs(n_tiles: int, device: torch.device) -> int:
-    """How many programs share n_tiles tiles when each leaves a partial sum: enough to fill the device, not more."""
-    return min(n_tiles, 2 * _n_processors(device))
+def reduction_programs(n_tiles: int, num_warps: int, device: torch.device) -> int:
+    """How many programs share n_tiles tiles when each leaves a partial sum: 16 warps on every multiprocessor.
+
+    That keeps enough loads under way; more would only add partial sums to write and read again.
+    """
+    return min(n_tiles, max(1, 16 // num_warps) * _n_processors(device))
 
 
 @cache

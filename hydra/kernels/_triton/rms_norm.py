@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hydra.kernels._triton.launch import AotCase, as_rows, check_inputs, check_width, reduction_programs, whole_rows
+from hydra.kernels._triton.launch import (
+    MAX_WIDTH,
+    AotCase,
+    as_rows,
+    check_inputs,
+    check_width,
+    reduction_programs,
+    whole_rows,
+)
 
 
 @triton.jit
@@ -118,7 +126,7 @@ def rms_norm_backward_op(grad_y: Tensor, x: Tensor, weight_D: Tensor, rstd_X: Te
     if n_rows == 0:
         return grad_x, torch.zeros_like(weight_D)
     launch = whole_rows(width)
-    n_programs = reduction_programs(triton.cdiv(n_rows, launch.n_rows), x.device)
+    n_programs = reduction_programs(triton.cdiv(n_rows, launch.n_rows), launch.num_warps, x.device)
     partial_PD = torch.empty(n_programs, width, dtype=torch.float32, device=x.device)
     backward_kernel[(n_programs,)](
         grad_y_XD,
@@ -162,11 +170,12 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def aot_cases() -> list[AotCase]:
-    """Widths of the presets' models: 256 (debug) to 2304 (1.5B); tests' own, 32."""
+    """Widths of the presets' models, 256 (debug) to 2304 (1.5B); tests' own, 32; and the widest that is taken."""
     cases = []
     forward: dict[str, Any]
     backward: dict[str, Any]
-    for width, dtype in [(32, "fp32"), (256, "bf16"), (512, "bf16"), (1024, "bf16"), (2048, "bf16"), (2304, "bf16")]:
+    widths = [(width, "bf16") for width in (256, 512, 1024, 2048, 2304, MAX_WIDTH)]
+    for width, dtype in [(32, "fp32"), (MAX_WIDTH, "fp32"), *widths]:
         launch = whole_rows(width)
         constants = {"ROWS": launch.n_rows, "BLOCK": launch.block_width}
         shape = {"n_rows": 16384, "width": width, "x_stride": width}
