@@ -3,16 +3,15 @@
 import subprocess
 import sys
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra.attention import available_backends
 from hydra.errors import ConfigError
 from hydra.kernels.dispatch import check_kernels, choose_kernels
 from hydra.model.framework import Execution, HydraModel, build_model
+from hydra.testing.operators import CountedOperators
 from hydra.testing.specs import document_ids, randomise, tiny_model_spec
 from hydra.testing.tolerances import assert_close
 
@@ -20,19 +19,6 @@ INPUTS_BT = torch.randint(61, (2, 19), generator=torch.Generator().manual_seed(0
 TARGETS_BT = INPUTS_BT.roll(-1, dims=1)
 IDS_BT = torch.cat([document_ids(8, 11), document_ids(19)])
 N_LAYERS = 2
-
-
-class CountedOperators(TorchDispatchMode):
-    """Counts the operators of `hydra` that run, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "hydra":
-            self.counts[func._schema.name.removeprefix("hydra::")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def build(attention: str, kernels: str, feed_forward: str = "swiglu") -> HydraModel:
