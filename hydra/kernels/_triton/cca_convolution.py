@@ -256,6 +256,8 @@ def aot_cases() -> list[AotCase]:
     sizes: dict[str, str | int | float] = {"n_tokens": 4096, "n_missing": 2}
     for width, dtype, key_forms in [(64, "bf16", (True, False)), (128, "bf16", (True, False)), (64, "fp32", (True,))]:
         x, launch = f"*{dtype}", choose_launch(width, torch.float32 if dtype == "fp32" else torch.bfloat16)
+        # Tiles of 32 are too small for the instructions of a whole warp group.
+        instruction = "mma.sync" if dtype == "fp32" else "dot"
         u_and_taps = {"u_ptr": x, "weight_1_ptr": x, "ids_ptr": "*i64"}
         forward = {**u_and_taps, "weight_0_ptr": x, "bias_ptr": "*fp32", "out_ptr": x, **sizes}
         middle = {**u_and_taps, "grad_ptr": x, "grad_z_ptr": x, "pieces_ptr": "*fp32", **sizes}
@@ -270,7 +272,7 @@ def aot_cases() -> list[AotCase]:
             label = f"{dtype} H={width} {'keys' if is_key else 'queries'}"
             for kernel, arguments, warps in ((forward_kernel, forward, FORWARD_WARPS), (grad_middle_kernel, middle, 4),
                                              (grad_weight_kernel, weights, 4)):  # fmt: skip
-                cases.append(AotCase(kernel, arguments, with_products, warps, 2, "dot", label))
+                cases.append(AotCase(kernel, arguments, with_products, warps, 2, instruction, label))
             constants |= {"BLOCK_T": TILE // width, "BLOCK_H": width}
             cases.append(AotCase(grad_input_kernel, inputs, constants, 4, label=label))
     return cases
