@@ -19,6 +19,13 @@ INPUTS_BT = torch.randint(61, (2, 19), generator=torch.Generator().manual_seed(0
 TARGETS_BT = INPUTS_BT.roll(-1, dims=1)
 IDS_BT = torch.cat([document_ids(8, 11), document_ids(19)])
 N_LAYERS = 2
+ATTENTION_OPERATORS = {
+    "ccgqa": {"qk_norm_rope": 2, "cca_convolution": 1},
+    "gqa": {"qk_norm_rope": 2},
+    "lightning": {"lightning_attention": 1},
+    "mla": {},
+}
+"""How often a layer of each backend calls which operators: queries and keys are normalised in two calls."""
 
 
 def build(attention: str, kernels: str, feed_forward: str = "swiglu") -> HydraModel:
@@ -42,8 +49,9 @@ def test_the_kernels_serve_a_model(attention: str, feed_forward: str) -> None:
         loss, gradients = loss_and_gradients(build(attention, "triton", feed_forward))
     for name in ("rms_norm", "rms_norm_backward"):
         assert operators.counts[name] == 2 * N_LAYERS + 1
-    for name in ("qk_norm_rope", "qk_norm_rope_backward"):  # queries and keys
-        assert operators.counts[name] == 2 * N_LAYERS
+    for name, n_calls in {**ATTENTION_OPERATORS[attention], "linear_cross_entropy": 1 / N_LAYERS}.items():
+        assert operators.counts[name] == n_calls * N_LAYERS
+        assert operators.counts[f"{name}_backward"] == (n_calls * N_LAYERS if name != "linear_cross_entropy" else 0)
     for name in (feed_forward, f"{feed_forward}_backward"):
         assert operators.counts[name] == N_LAYERS
     assert_close(loss, expected_loss, torch.float32, "loss")

@@ -102,8 +102,8 @@ def linear_cross_entropy_op(
 def _(
     x_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, ignore_index: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = (tensor.new_empty(tensor.shape if needs_grad else 0) for tensor in (x_XD, weight_VD))
-    return x_XD.new_empty((), dtype=torch.float32), *grads
+    grad_x_XD, grad_weight_VD = (x.new_empty(x.shape if needs_grad else 0) for x in (x_XD, weight_VD))
+    return x_XD.new_empty((), dtype=torch.float32), grad_x_XD, grad_weight_VD
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
