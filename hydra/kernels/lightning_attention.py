@@ -33,6 +33,7 @@ def lightning_attention(
     document_ids_BP: Tensor | None = None,
     state_BNHH: Tensor | None = None,
     chunk: int = CHUNK,
+    kernels: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """out_t = sum over s <= t of exp(-slope (t - s)) (q_t . k_s) v_s, within documents, and going on from a state.
 
@@ -46,9 +47,12 @@ def lightning_attention(
             Tokens of one document stand together. None: all are one document, and the state is of that one.
         state_BNHH: sum of decayed k^T v (key channels, then value channels) behind the token before the first, in
             float32 (float64 for float64 input). None: zeros.
-        chunk: tokens of a chunk; results depend on it by rounding only.
+        chunk: tokens of a chunk; results depend on it by rounding only. Triton's kernels have their own.
+        kernels: one of hydra.kernels.dispatch.KERNELS.
     Returns:
         out_BTNH in the dtype of q, and the state behind the last token, in the dtype that a given one must have.
+    Raises:
+        ConfigError: kernels=triton cannot take this dtype or head width.
     """
     dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
     assert q_BTNH.dtype == k_BTNH.dtype == v_BTNH.dtype, (q_BTNH.dtype, k_BTNH.dtype, v_BTNH.dtype)
@@ -56,6 +60,10 @@ def lightning_attention(
         n_batch, _, n_heads, width = q_BTNH.shape
         state_BNHH = q_BTNH.new_zeros(n_batch, n_heads, width, width, dtype=dtype)
     assert state_BNHH.dtype == dtype, state_BNHH.dtype
+    if kernels == "triton":
+        from hydra.kernels._triton import lightning_attention as triton_kernels
+
+        return triton_kernels.lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, document_ids_BP, state_BNHH)
     return _LightningAttention.apply(q_BTNH, k_BTNH, v_BTNH, slopes_N.to(dtype), document_ids_BP, state_BNHH, chunk)
 
 

@@ -22,17 +22,26 @@ MIN_CHUNK = 256
 """Fewer tokens at a time would leave matrix products too thin to be fast."""
 
 
-def linear_cross_entropy(x_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, is_compiled: bool = False) -> Tensor:
+def linear_cross_entropy(
+    x_XD: Tensor, weight_VD: Tensor, targets_X: Tensor, is_compiled: bool = False, kernels: str = "torch"
+) -> Tensor:
     """Sum of -log softmax(x W^T)[target] over the targets that are not IGNORE_INDEX.
 
     Args:
         x_XD: any floating dtype; matrix products are computed in it.
         weight_VD: in the dtype of x_XD.
         targets_X: int64, below V or IGNORE_INDEX.
-        is_compiled: whether the element-wise part goes through torch.compile, which fuses it.
+        is_compiled: whether the element-wise part of kernels=torch goes through torch.compile, which fuses it.
+        kernels: one of hydra.kernels.dispatch.KERNELS; what serves the element-wise part.
     Returns:
         A scalar in nats, in float32 (float64 for float64 input). It can be differentiated once.
+    Raises:
+        ConfigError: kernels=triton cannot take this dtype.
     """
+    if kernels == "triton":
+        from hydra.kernels._triton import linear_cross_entropy as triton_kernels
+
+        return triton_kernels.linear_cross_entropy(x_XD, weight_VD, targets_X, IGNORE_INDEX)
     return _LinearCrossEntropy.apply(x_XD, weight_VD, targets_X, is_compiled)
 
 

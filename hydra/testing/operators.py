@@ -1,9 +1,12 @@
 """An operator against its slow reference: the output and every gradient, with NaN around what it may read."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra.testing.specs import random_activations
 from hydra.testing.tolerances import assert_close, relative_error
@@ -54,3 +57,16 @@ def check_operator(
         assert_close(grad, expected_grad, dtype, f"gradient of {name}")
         errors[name] = relative_error(grad, expected_grad, dtype)
     return errors
+
+
+class CountedOperators(TorchDispatchMode):
+    """Counts the operators of `hydra` that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "hydra":
+            self.counts[func._schema.name.removeprefix("hydra::")] += 1
+        return func(*args, **(kwargs or {}))

@@ -3,16 +3,15 @@
 import subprocess
 import sys
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra.attention import available_backends
 from hydra.errors import ConfigError
 from hydra.kernels.dispatch import check_kernels, choose_kernels
 from hydra.model.framework import Execution, HydraModel, build_model
+from hydra.testing.operators import CountedOperators
 from hydra.testing.specs import document_ids, randomise, tiny_model_spec
 from hydra.testing.tolerances import assert_close
 
@@ -20,21 +19,14 @@ INPUTS_BT = torch.randint(61, (2, 19), generator=torch.Generator().manual_seed(0
 TARGETS_BT = INPUTS_BT.roll(-1, dims=1)
 IDS_BT = torch.cat([document_ids(8, 11), document_ids(19)])
 N_LAYERS = 2
-INSIDE_ATTENTION = {"ccgqa": (0, 2), "gqa": (0, 2), "lightning": (1, 0), "mla": (1, 2)}
-"""Norms of a layer, and how often it rotates: queries and keys."""
-
-
-class CountedOperators(TorchDispatchMode):
-    """Counts the operators of `hydra` that run, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "hydra":
-            self.counts[func._schema.name.removeprefix("hydra::")] += 1
-        return func(*args, **(kwargs or {}))
+ATTENTION_OPERATORS = {
+    "ccgqa": {"qk_norm_rope": 2, "cca_convolution": 1},
+    "gqa": {"qk_norm_rope": 2},
+    "lightning": {"lightning_attention": 1},
+    "mla": {"qk_norm_rope": 2},
+}
+"""How often a layer of each backend calls which operators: queries and keys are normalised in two calls."""
+NORMS_INSIDE = {"ccgqa": 0, "gqa": 0, "lightning": 1, "mla": 1}
 
 
 def build(attention: str, kernels: str, feed_forward: str = "swiglu") -> HydraModel:
@@ -56,11 +48,11 @@ def test_the_kernels_serve_a_model(attention: str, feed_forward: str) -> None:
     expected_loss, expected = loss_and_gradients(build(attention, "torch", feed_forward))
     with CountedOperators() as operators:
         loss, gradients = loss_and_gradients(build(attention, "triton", feed_forward))
-    n_norms, n_rotated = INSIDE_ATTENTION[attention]
     for name in ("rms_norm", "rms_norm_backward"):
-        assert operators.counts[name] == (2 + n_norms) * N_LAYERS + 1
-    for name in ("qk_norm_rope", "qk_norm_rope_backward"):
-        assert operators.counts[name] == n_rotated * N_LAYERS
+        assert operators.counts[name] == (2 + NORMS_INSIDE[attention]) * N_LAYERS + 1
+    for name, n_calls in {**ATTENTION_OPERATORS[attention], "linear_cross_entropy": 1 / N_LAYERS}.items():
+        assert operators.counts[name] == n_calls * N_LAYERS
+        assert operators.counts[f"{name}_backward"] == (n_calls * N_LAYERS if name != "linear_cross_entropy" else 0)
     for name in (feed_forward, f"{feed_forward}_backward"):
         assert operators.counts[name] == N_LAYERS
     assert_close(loss, expected_loss, torch.float32, "loss")

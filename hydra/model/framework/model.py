@@ -120,7 +120,11 @@ class HydraModel(nn.Module):
         if targets_BT is None:
             return ModelOutput({}, None, F.linear(x_BTD, self.head_weight))
         cross_entropy = linear_cross_entropy(
-            x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), is_compiled=self.is_compiled
+            x_BTD.flatten(0, 1),
+            self.head_weight,
+            targets_BT.flatten(),
+            is_compiled=self.is_compiled,
+            kernels=self.execution.kernels,
         )
         return ModelOutput({"cross_entropy": cross_entropy}, (targets_BT != IGNORE_INDEX).sum(), None)
 

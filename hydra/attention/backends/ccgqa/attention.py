@@ -19,6 +19,7 @@ from hydra.attention.backends.ccgqa.spec import CCGQASpec
 from hydra.attention.base import AttentionBackend, AttentionCache, KeyValueCache, count_visible_pairs
 from hydra.attention.core import softmax_attention
 from hydra.attention.masks import AttentionContext, TokenHistory
+from hydra.kernels.cca_convolution import cca_convolution
 from hydra.kernels.qk_norm_rope import qk_norm_rope
 
 # The norm is floored at 1e-12 (released code), which F.rms_norm wants as the floor of a mean square.
@@ -52,7 +53,7 @@ class CompressedConvolutionalAttention(AttentionBackend):
         self.v_proj = nn.Linear(spec.d_model, spec.key_width // 2, bias=False)
         self.v_previous_proj = nn.Linear(spec.d_model, spec.key_width // 2, bias=False)
         self.o_proj = nn.Linear(spec.query_width, spec.d_model, bias=False)
-        # The two modules hold parameters of the released shapes; convolve_causally does the work.
+        # The two modules hold parameters of the released shapes; cca_convolution does the work.
         self.conv0 = nn.Conv1d(n_channels, n_channels, spec.conv_kernel_0, groups=n_channels)
         self.conv1 = nn.Conv1d(n_channels, n_channels, spec.conv_kernel_1, groups=spec.n_query_heads + spec.n_kv_heads)
         self.temp = nn.Parameter(torch.zeros(spec.n_kv_heads))
@@ -88,23 +89,23 @@ class CompressedConvolutionalAttention(AttentionBackend):
     ) -> tuple[Tensor, Tensor]:
         """q_BTNH and k_BTKH before their norm: convolved, plus their un-convolved mean (Listing 1, eqs. 7, 8)."""
         spec = self.spec
-        n_batch, n_tokens, _ = x_BTD.shape
         u_BTC = torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD)], dim=-1)
-        n_past = spec.n_past_columns
-        if cache is None:
-            u_BPC = F.pad(u_BTC, (0, 0, n_past, 0))
-        else:
+        assert self.conv0.bias is not None
+        assert self.conv1.bias is not None
+        q_BTNH, k_BTKH = cca_convolution(
+            u_BTC,
+            None if cache is None else cache.past_u_BRC,
+            self.conv0.weight,
+            self.conv0.bias,
+            self.conv1.weight,
+            self.conv1.bias,
+            spec.n_kv_heads,
+            context.recent_document_ids(spec.n_past_columns),
+            self.kernels,
+        )
+        if cache is not None:
             u_BPC = torch.cat([cache.past_u_BRC, u_BTC], dim=1)
-            cache.past_u_BRC.copy_(u_BPC[:, u_BPC.shape[1] - n_past :])
-        mixed_BTMH = convolve_causally(u_BPC, self.conv0, self.conv1, context.recent_document_ids(n_past))
-
-        u_BTMH = u_BTC.view(n_batch, n_tokens, -1, spec.head_width)
-        q_BTKGH = u_BTMH[:, :, : spec.n_query_heads].unflatten(2, (spec.n_kv_heads, -1))
-        k_BTK1H = u_BTMH[:, :, spec.n_query_heads :, None]
-        mean_q_BTKGH = 0.5 * (q_BTKGH + k_BTK1H)
-        mean_k_BTKH = mean_q_BTKGH.mean(dim=3)
-        q_BTNH = mixed_BTMH[:, :, : spec.n_query_heads] + mean_q_BTKGH.flatten(2, 3)
-        k_BTKH = mixed_BTMH[:, :, spec.n_query_heads :] + mean_k_BTKH
+            cache.past_u_BRC.copy_(u_BPC[:, u_BPC.shape[1] - spec.n_past_columns :])
         return q_BTNH, k_BTKH
 
     def compute_values(self, x_BTD: Tensor, context: AttentionContext, cache: CCGQACache | None) -> Tensor:
@@ -149,57 +150,3 @@ class CompressedConvolutionalAttention(AttentionBackend):
         n_heads = spec.n_query_heads + spec.n_kv_heads
         n_convolution = n_heads * spec.head_width * (spec.conv_kernel_0 + spec.head_width * spec.conv_kernel_1)
         return 2 * (n_linear + n_convolution) * n_tokens + 4 * spec.query_width * count_visible_pairs(n_tokens)
-
-
-def convolve_causally(u_BPC: Tensor, conv0: nn.Conv1d, conv1: nn.Conv1d, document_ids_BP: Tensor | None) -> Tensor:
-    """Both convolutions of Listing 1, in [B, T, C] layout; every document starts as if zeros stood before it.
-
-    The paper pads once, before conv0, so at the places before a document conv0 yields its bias. Hence conv0's bias adds
-    the same constant to every output of conv1. It is moved into the bias of conv1 here, after which places before a
-    document are zero for both convolutions.
-
-    Args:
-        u_BPC: the T new tokens behind the R = k0 + k1 - 2 before them.
-        conv0: depthwise, weight (C, 1, k0).
-        conv1: one group for each head, weight (C, H, k1).
-        document_ids_BP: document of each of the P tokens, or None for one document.
-    Returns:
-        (B, T, M, H), strided.
-    """
-    n_taps_0, n_taps_1, n_heads = conv0.kernel_size[0], conv1.kernel_size[0], conv1.groups
-    width = conv1.in_channels // n_heads
-    n_batch, n_tokens = u_BPC.shape[0], u_BPC.shape[1] - (n_taps_0 - 1) - (n_taps_1 - 1)
-
-    n_middle = n_tokens + n_taps_1 - 1
-    weight_0_C_taps = conv0.weight[:, 0].unbind(-1)
-    z_BQC = delay(u_BPC, 0, n_middle, document_ids_BP) * weight_0_C_taps[-1]
-    for tokens_back in range(1, n_taps_0):
-        z_BQC = torch.addcmul(
-            z_BQC, delay(u_BPC, tokens_back, n_middle, document_ids_BP), weight_0_C_taps[-1 - tokens_back]
-        )
-
-    ids_BQ = None if document_ids_BP is None else document_ids_BP[:, n_taps_0 - 1 :]
-    taps = [
-        delay(z_BQC, tokens_back, n_tokens, ids_BQ).unflatten(2, (n_heads, width))
-        for tokens_back in range(n_taps_1 - 1, -1, -1)
-    ]
-    # One matrix product per head over its k1 H inputs. The heads stay a strided axis: bmm takes that without a copy.
-    inputs_MXI = torch.cat(taps, dim=-1).reshape(n_batch * n_tokens, n_heads, n_taps_1 * width).transpose(0, 1)
-    weight_MOIk = conv1.weight.view(n_heads, width, width, n_taps_1)
-    weight_MIO = weight_MOIk.permute(0, 3, 2, 1).reshape(n_heads, n_taps_1 * width, width)
-    assert conv0.bias is not None
-    assert conv1.bias is not None
-    bias_0_M1H = conv0.bias.view(n_heads, 1, width)
-    bias_M1H = conv1.bias.view(n_heads, 1, width) + (weight_MOIk.sum(-1) * bias_0_M1H).sum(-1)[:, None]
-    out_MXH = torch.baddbmm(bias_M1H, inputs_MXI, weight_MIO)
-    return out_MXH.view(n_heads, n_batch, n_tokens, width).permute(1, 2, 0, 3)
-
-
-def delay(x_BPC: Tensor, tokens_back: int, n_outputs: int, document_ids_BP: Tensor | None) -> Tensor:
-    """What stood tokens_back before each of the last n_outputs tokens; zero where that is another document."""
-    stop = x_BPC.shape[1] - tokens_back
-    delayed_BTC = x_BPC[:, stop - n_outputs : stop]
-    if document_ids_BP is None or tokens_back == 0:
-        return delayed_BTC
-    is_other_BT = document_ids_BP[:, -n_outputs:] != document_ids_BP[:, stop - n_outputs : stop]
-    return delayed_BTC.masked_fill(is_other_BT[:, :, None], 0)

@@ -95,9 +95,11 @@ class LightningAttention(AttentionBackend):
         slopes_N, ids_BP = context.slopes_N, context.document_ids_BP
         assert slopes_N is not None
         if cache is None:
-            return lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, ids_BP)[0]
+            return lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, ids_BP, kernels=self.kernels)[0]
         if q_BTNH.shape[1] > 1:
-            out_BTNH, state_BNHH = lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, ids_BP, cache.state_BNHH)
+            out_BTNH, state_BNHH = lightning_attention(
+                q_BTNH, k_BTNH, v_BTNH, slopes_N, ids_BP, cache.state_BNHH, kernels=self.kernels
+            )
         else:
             state_BNHH = cache.state_BNHH
             if ids_BP is not None:

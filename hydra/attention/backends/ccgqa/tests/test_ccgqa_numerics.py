@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hydra.attention.backends.ccgqa.attention import CompressedConvolutionalAttention, convolve_causally
+from hydra.attention.backends.ccgqa.attention import CompressedConvolutionalAttention
 from hydra.attention.backends.ccgqa.reference import compute_reference, convolve
+from hydra.kernels.cca_convolution import convolve_causally
 from hydra.testing.poison import nan_poisoned_memory  # noqa: F401
 from hydra.testing.specs import build_random_layer, document_ids, random_activations
 from hydra.testing.tolerances import assert_close
@@ -87,7 +88,8 @@ def test_convolutions_equal_those_of_torch(shape: str) -> None:
     u_BTC = torch.cat([layer.q_proj(x_BTD), layer.k_proj(x_BTD)], dim=-1)
     padded_BCP = F.pad(u_BTC.transpose(1, 2), (spec.n_past_columns, 0))
     expected_BTC = layer.conv1(layer.conv0(padded_BCP)).transpose(1, 2)
-    ours = convolve_causally(padded_BCP.transpose(1, 2), layer.conv0, layer.conv1, None).flatten(2)
+    weights = layer.conv0.weight, layer.conv0.bias, layer.conv1.weight, layer.conv1.bias
+    ours = convolve_causally(padded_BCP.transpose(1, 2), *weights, None).flatten(2)
     assert_close(ours, expected_BTC, torch.float64, "convolutions")
     slow = torch.stack([convolve(dict(layer.named_parameters()), spec, u_TC) for u_TC in u_BTC])
     assert_close(slow, expected_BTC, torch.float64, "convolutions of the reference")

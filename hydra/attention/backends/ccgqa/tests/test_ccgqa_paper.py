@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hydra.attention import build_attention
-from hydra.attention.backends.ccgqa.attention import CompressedConvolutionalAttention, convolve_causally
+from hydra.attention.backends.ccgqa.attention import CompressedConvolutionalAttention
 from hydra.attention.masks import build_context
+from hydra.kernels.cca_convolution import convolve_causally
 from hydra.layers.rotary import apply_rotary, compute_rotary
 from hydra.model.framework import build_model
 from hydra.testing.specs import build_random_layer, document_ids, random_activations, tiny_model_spec
@@ -121,11 +122,12 @@ def test_6_half_of_the_value_channels_come_from_the_previous_token(n_query_heads
 
 def test_7_convolutions_do_not_mix_heads() -> None:
     layer, u_BPC = build(), random_activations(1, 9, 24)
-    out_BTMH = convolve_causally(u_BPC, layer.conv0, layer.conv1, None)
+    weights = layer.conv0.weight, layer.conv0.bias, layer.conv1.weight, layer.conv1.bias
+    out_BTMH = convolve_causally(u_BPC, *weights, None)
     for head in range(6):
         changed_BPC = u_BPC.clone()
         changed_BPC[:, :, head * 4] += 1.0
-        is_changed_M = (convolve_causally(changed_BPC, layer.conv0, layer.conv1, None) != out_BTMH).any(3).any(1)[0]
+        is_changed_M = (convolve_causally(changed_BPC, *weights, None) != out_BTMH).any(3).any(1)[0]
         assert is_changed_M.tolist() == [m == head for m in range(6)]
 
 
