@@ -25,12 +25,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
+#include "common.h"
 
 namespace {
 
@@ -142,96 +137,6 @@ Team& team() {
 }
 
 void set_threads(int64_t n_threads) { wanted_threads.store(static_cast<int>(n_threads)); }
-
-// ------------------------------------------------------------------------------------------------------------ tensors
-
-void check(bool holds, const char* what) {
-    if (!holds) throw std::runtime_error(what);
-}
-
-const int32_t kFloat32 = aoti_torch_dtype_float32(), kBFloat16 = aoti_torch_dtype_bfloat16(), kUint8 = aoti_torch_dtype_uint8();
-
-// What is to be known of a tensor that belongs to the caller.
-struct View {
-    void* data = nullptr;
-    int64_t* sizes = nullptr;
-    int64_t n_dims = 0;
-    int32_t dtype = 0;
-
-    explicit View(AtenTensorHandle tensor) {
-        bool is_contiguous = false;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &n_dims));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &is_contiguous));
-        check(is_contiguous, "tensors must be contiguous");
-    }
-
-    int64_t numel() const {
-        int64_t n = 1;
-        for (int64_t d = 0; d < n_dims; ++d) n *= sizes[d];
-        return n;
-    }
-};
-
-// A tensor of the caller's, and where its numbers are.
-std::pair<AtenTensorHandle, void*> empty(const std::vector<int64_t>& shape, int32_t dtype) {
-    check(dtype == kFloat32 || dtype == kBFloat16, "activations must be float32 or bfloat16");
-    std::vector<int64_t> strides(shape.size());
-    int64_t stride = 1;
-    for (size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
-    AtenTensorHandle tensor = nullptr;
-    void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &tensor));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
-    return {tensor, data};
-}
-
-// ------------------------------------------------------------------------------------------------------------ numbers
-
-struct bf16 {
-    uint16_t bits;
-};
-
-float to_float(float value) { return value; }
-float to_float(bf16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
-
-template <class T>
-T from_float(float value);
-template <>
-float from_float<float>(float value) {
-    return value;
-}
-template <>
-bf16 from_float<bf16>(float value) {  // to nearest, ties to even; NaN stays NaN
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    if (value != value) return {0x7fc0};
-    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
-}
-
-// 16 numbers; the compiler makes of them what the processor has.
-typedef float float16 __attribute__((vector_size(64)));
-typedef uint32_t uint32x16 __attribute__((vector_size(64)));
-typedef int32_t int32x16 __attribute__((vector_size(64)));
-typedef uint16_t uint16x16 __attribute__((vector_size(32)));
-
-float16 load(const float* from) {
-    float16 values;
-    std::memcpy(&values, from, sizeof values);
-    return values;
-}
-float16 load(const bf16* from) {
-    uint16x16 bits;
-    std::memcpy(&bits, from, sizeof bits);
-    return std::bit_cast<float16>(__builtin_convertvector(bits, uint32x16) << 16);
-}
-float sum(float16 values) {
-    float total = 0;
-    for (int lane = 0; lane < 16; ++lane) total += values[lane];
-    return total;
-}
 
 // ----------------------------------------------------------------------------------------------------- matrix product
 
