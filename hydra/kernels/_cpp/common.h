@@ -131,6 +131,8 @@ float sum(float16 values) {
 float16 spread(float value) { return float16{} + value; }
 float16 larger(float16 a, float16 b) { return a > b ? a : b; }
 
+constexpr float kLog2E = 1.44269504f;
+
 // 2^x to about TERMS - 1 digits for x <= 1; 0 below 2^-126.
 template <int TERMS>
 float16 exp2_of(float16 x) {

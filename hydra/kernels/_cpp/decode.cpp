@@ -5,7 +5,8 @@
 // stops. Threads wait for each other by spinning for a while before they sleep: a step has tens of products of a few
 // microseconds each, and waking a sleeping thread takes longer than one of them.
 //
-// B rows of x (streams), I inputs, O outputs; N query heads, K key/value heads, H head width, S tokens that a cache holds.
+// B rows of x (streams), I inputs, O outputs; N query heads, K key/value heads, H head width (E that of values), S tokens
+// that a cache holds.
 
 #include <pthread.h>
 #include <sched.h>
@@ -449,58 +450,197 @@ AtenTensorHandle linear(AtenTensorHandle x_handle, const AtenTensorHandle* handl
 
 // ---------------------------------------------------------------------------------------------------------- attention
 
+constexpr int64_t kChunk = 512;  // keys of one work item; the same whatever the threads, so that these change no bit
+constexpr int64_t kBlock = 64;   // keys whose values lie in the first cache by the time that they have weights
+
+// What one chunk of keys gives: for each query head of the group the largest score, the sum of weights and of weighted
+// values, both relative to that score.
 template <class X>
 struct Attention {
     const X *q, *k, *v, *mask;
     X* out;
-    int64_t n_heads, n_kv_heads, max_keys, width, mask_stride;
+    int64_t n_rows, n_heads, n_kv_heads, max_keys, width, value_width, mask_stride;
 
-    // One query head: scores, softmax, weighted values; all in float32. Keys after the last visible one are not read.
-    void head(int64_t index) const {
-        const int64_t row = index / n_heads, kv_head = index % n_heads / (n_heads / n_kv_heads);
-        const X* q_H = q + index * width;
-        const X* k_SH = k + (row * n_kv_heads + kv_head) * max_keys * width;
-        const X* v_SH = v + (row * n_kv_heads + kv_head) * max_keys * width;
+    struct Item {
+        int64_t head, start, stop;  // a key/value head of a row, and some of the keys
+    };
+
+    int64_t group() const { return n_heads / n_kv_heads; }
+    int64_t n_result() const { return group() * (2 + value_width); }
+
+    // Keys before the first visible one and after the last are not read.
+    std::pair<int64_t, int64_t> visible_keys(int64_t row) const {
         const X* mask_S = mask + row * mask_stride;
-        int64_t n_keys = max_keys;
-        while (n_keys > 0 && to_float(mask_S[n_keys - 1]) == -INFINITY) --n_keys;
-        thread_local std::vector<float> weights, sums;
-        weights.resize(n_keys), sums.assign(width, 0.f);
+        int64_t start = 0, stop = max_keys;
+        while (stop > 0 && to_float(mask_S[stop - 1]) == -INFINITY) --stop;
+        while (start < stop && to_float(mask_S[start]) == -INFINITY) ++start;
+        return {start, stop};
+    }
+
+    std::vector<Item> items() const {
+        std::vector<Item> items;
+        for (int64_t row = 0; row < n_rows; ++row) {
+            const auto [start, stop] = visible_keys(row);
+            for (int64_t head = row * n_kv_heads; head < (row + 1) * n_kv_heads; ++head)
+                for (int64_t s = start; s == start || s < stop; s += kChunk) items.push_back({head, s, std::min(s + kChunk, stop)});
+        }
+        return items;
+    }
+
+    // All query heads of the group at once: every key and value is read one time.
+    void run(const Item& item, float* result) const {
+        const X* q_GH = q + item.head * group() * width;
+        const X* k_SH = k + item.head * max_keys * width;
+        const X* v_SE = v + item.head * max_keys * value_width;
+        const X* mask_S = mask + item.head / n_kv_heads * mask_stride;
+        float *tops_G = result, *totals_G = result + group(), *sums_GE = totals_G + group();
+        std::fill_n(tops_G, group(), -INFINITY), std::fill_n(totals_G, group() * (1 + value_width), 0.f);
+        thread_local std::vector<float> weights, factors;
+        weights.resize(group() * kBlock), factors.resize(group());
+        for (int64_t start = item.start; start < item.stop; start += kBlock) {
+            const int64_t n = std::min(kBlock, item.stop - start);
+            int32_t seen[kBlock], n_seen = 0;
+            for (int64_t s = 0; s < n; ++s)
+                if (to_float(mask_S[start + s]) != -INFINITY) seen[n_seen++] = static_cast<int32_t>(s);
+            if (n_seen == 0) continue;
+            score(q_GH, k_SH + start * width, v_SE + start * value_width, n, weights.data());
+            for (int64_t g = 0; g < group(); ++g)
+                factors[g] = weigh(mask_S + start, n, weights.data() + g * kBlock, tops_G[g], totals_G[g]);
+            int64_t g = 0;
+            const X* v_start = v_SE + start * value_width;
+            auto add = [&]<int C>() {
+                add_values<C>(v_start, seen, n_seen, weights.data() + g * kBlock, factors.data() + g, sums_GE + g * value_width);
+                g += C;
+            };
+            while (g + 4 <= group()) add.template operator()<4>();
+            if (g + 2 <= group()) add.template operator()<2>();
+            if (g < group()) add.template operator()<1>();
+        }
+    }
+
+    // Asks for the values meanwhile.
+    void score(const X* q_GH, const X* k_SH, const X* v_SE, int64_t n, float* scores) const {
         const float scale = 1 / std::sqrt(static_cast<float>(width));
-        float top = std::numeric_limits<float>::lowest();
-        for (int64_t s = 0; s < n_keys; ++s) {
-            float dot[1][1];
-            dot_rows<1, 1>(k_SH + s * width, q_H, width, dot);
-            weights[s] = dot[0][0] * scale + to_float(mask_S[s]);
-            top = std::max(top, weights[s]);
+        auto dots = [&]<int R, int C>(int64_t s, int64_t g) {
+            float out[R][C];
+            dot_rows<R, C>(k_SH + s * width, q_GH + g * width, width, out);
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < C; ++c) scores[(g + c) * kBlock + s + r] = out[r][c] * scale;
+        };
+        auto rows = [&]<int R>(int64_t s) {
+            const char* values = reinterpret_cast<const char*>(v_SE + s * value_width);
+            for (int64_t offset = 0; offset < R * value_width * static_cast<int64_t>(sizeof(X)); offset += kLine)
+                __builtin_prefetch(values + offset);
+            int64_t g = 0;
+            for (; g + 4 <= group(); g += 4) dots.template operator()<R, 4>(s, g);
+            for (; g + 2 <= group(); g += 2) dots.template operator()<R, 2>(s, g);
+            if (g < group()) dots.template operator()<R, 1>(s, g);
+        };
+        int64_t s = 0;
+        for (; s + 4 <= n; s += 4) rows.template operator()<4>(s);
+        for (; s < n; ++s) rows.template operator()<1>(s);
+    }
+
+    // Scores of a block to weights; returns what the sums so far are to be multiplied with.
+    float weigh(const X* mask_S, int64_t n, float* weights, float& top, float& total) const {
+        float new_top = top;
+        for (int64_t s = 0; s < n; ++s) {
+            const float added = to_float(mask_S[s]);
+            weights[s] = added == -INFINITY ? added : weights[s] + added;
+            new_top = std::max(new_top, weights[s]);
         }
-        float total = 0;
-        for (int64_t s = 0; s < n_keys; ++s) total += weights[s] = std::exp(weights[s] - top);
-        for (int64_t s = 0; s < n_keys; ++s) {
-            if (weights[s] == 0) continue;
-            int64_t h = 0;
-            for (; h + 16 <= width; h += 16) {
-                const float16 updated = load(sums.data() + h) + weights[s] * load(v_SH + s * width + h);
-                std::memcpy(sums.data() + h, &updated, sizeof updated);
+        std::fill(weights + n, weights + kBlock, -INFINITY);
+        const float factor = top == -INFINITY ? 0.f : std::exp(top - new_top);
+        float16 sums = {};
+        for (int64_t s = 0; s < kBlock; s += 16) {
+            const float16 values = exp2_of<7>((load(weights + s) - new_top) * kLog2E);
+            store(weights + s, values);
+            sums += values;
+        }
+        top = new_top;
+        total = total * factor + sum(sums);
+        return factor;
+    }
+
+    template <int C>
+    void add_values(
+        const X* v_SE, const int32_t* seen, int32_t n_seen, const float* weights, const float* factors, float* sums_GE) const {
+        auto columns = [&]<int V>(int64_t e) {
+            float16 sums[C][V];
+            for (int c = 0; c < C; ++c)
+                for (int i = 0; i < V; ++i) sums[c][i] = load(sums_GE + c * value_width + e + 16 * i) * factors[c];
+            for (int32_t index = 0; index < n_seen; ++index) {
+                const int64_t s = seen[index];
+                for (int i = 0; i < V; ++i) {
+                    const float16 values = load(v_SE + s * value_width + e + 16 * i);
+                    for (int c = 0; c < C; ++c) sums[c][i] += weights[c * kBlock + s] * values;
+                }
             }
-            for (; h < width; ++h) sums[h] += weights[s] * to_float(v_SH[s * width + h]);
+            for (int c = 0; c < C; ++c)
+                for (int i = 0; i < V; ++i) store(sums_GE + c * value_width + e + 16 * i, sums[c][i]);
+        };
+        int64_t e = 0;
+        for (; e + 64 <= value_width; e += 64) columns.template operator()<4>(e);
+        for (; e + 16 <= value_width; e += 16) columns.template operator()<1>(e);
+        for (; e < value_width; ++e)
+            for (int c = 0; c < C; ++c) {
+                float total = sums_GE[c * value_width + e] * factors[c];
+                for (int32_t index = 0; index < n_seen; ++index)
+                    total += weights[c * kBlock + seen[index]] * to_float(v_SE[seen[index] * value_width + e]);
+                sums_GE[c * value_width + e] = total;
+            }
+    }
+
+    // The chunks of one key/value head together; results lie one behind the other.
+    void finish(int64_t head, const float* results, int64_t n_chunks) const {
+        for (int64_t g = 0; g < group(); ++g) {
+            float top = -INFINITY, total = 0;
+            for (int64_t c = 0; c < n_chunks; ++c) top = std::max(top, results[c * n_result() + g]);
+            thread_local std::vector<float> sums;
+            sums.assign(value_width, 0.f);
+            for (int64_t c = 0; c < n_chunks; ++c) {
+                const float* result = results + c * n_result();
+                const float factor = result[g] == -INFINITY ? 0.f : std::exp(result[g] - top);
+                // A chunk that holds a NaN may have no largest score.
+                if (result[g] == -INFINITY && result[group() + g] == 0.f) continue;
+                total += result[group() + g] * factor;
+                const float* sums_E = result + 2 * group() + g * value_width;
+                for (int64_t e = 0; e < value_width; ++e) sums[e] += sums_E[e] * factor;
+            }
+            X* out_E = out + (head * group() + g) * value_width;
+            for (int64_t e = 0; e < value_width; ++e) out_E[e] = from_float<X>(total == 0.f ? 0.f : sums[e] / total);
         }
-        for (int64_t h = 0; h < width; ++h) out[index * width + h] = from_float<X>(n_keys > 0 ? sums[h] / total : 0.f);
     }
 };
 
 template <class X>
 void attend(const View& q, const View& k, const View& v, const View& mask, void* out) {
     const Attention<X> attention{
-        static_cast<const X*>(q.data),    static_cast<const X*>(k.data), static_cast<const X*>(v.data),
-        static_cast<const X*>(mask.data), static_cast<X*>(out),          q.sizes[1],
-        k.sizes[1],                       k.sizes[2],                    q.sizes[3],
+        static_cast<const X*>(q.data),
+        static_cast<const X*>(k.data),
+        static_cast<const X*>(v.data),
+        static_cast<const X*>(mask.data),
+        static_cast<X*>(out),
+        q.sizes[0],
+        q.sizes[1],
+        k.sizes[1],
+        k.sizes[2],
+        q.sizes[3],
+        v.sizes[3],
         mask.sizes[0] == 1 ? 0 : k.sizes[2]};
-    const int64_t n_heads = q.sizes[0] * q.sizes[1];
-    team().run(n_parts(n_heads), [&](int index, int n) {
-        const auto [start, stop] = part(n_heads, index, n);
-        for (int64_t head = start; head < stop; ++head) attention.head(head);
+    const auto items = attention.items();
+    const int64_t n_items = static_cast<int64_t>(items.size()), n_result = attention.n_result();
+    thread_local std::vector<float> memory;
+    memory.resize(n_items * n_result);
+    float* results = memory.data();
+    team().run(n_parts(n_items), [&](int index, int n) {
+        const auto [start, stop] = part(n_items, index, n);
+        for (int64_t item = start; item < stop; ++item) attention.run(items[item], results + item * n_result);
     });
+    for (int64_t start = 0, stop; start < n_items; start = stop) {
+        for (stop = start; stop < n_items && items[stop].head == items[start].head;) ++stop;
+        attention.finish(items[start].head, results + start * n_result, stop - start);
+    }
 }
 
 AtenTensorHandle attention(
@@ -508,11 +648,11 @@ AtenTensorHandle attention(
     const View q(q_BN1H), k(k_BKSH), v(v_BKSH), mask(mask_B11S);
     check(q.n_dims == 4 && k.n_dims == 4 && v.n_dims == 4 && mask.n_dims == 4, "q, k, v and mask must have 4 dimensions");
     check(q.sizes[2] == 1 && mask.sizes[1] == 1 && mask.sizes[2] == 1, "there must be one query token");
-    check(std::equal(k.sizes, k.sizes + 4, v.sizes) && k.sizes[0] == q.sizes[0] && k.sizes[3] == q.sizes[3] &&
+    check(std::equal(k.sizes, k.sizes + 3, v.sizes) && k.sizes[0] == q.sizes[0] && k.sizes[3] == q.sizes[3] &&
               k.sizes[1] > 0 && q.sizes[1] % k.sizes[1] == 0 && mask.sizes[3] == k.sizes[2] && (mask.sizes[0] == 1 || mask.sizes[0] == q.sizes[0]),
           "the shapes of q, k, v and mask must fit together");
     check(k.dtype == q.dtype && v.dtype == q.dtype && mask.dtype == q.dtype, "q, k, v and mask must have one dtype");
-    const auto [out, data] = empty({q.sizes, q.sizes + 4}, q.dtype);
+    const auto [out, data] = empty({q.sizes[0], q.sizes[1], 1, v.sizes[3]}, q.dtype);
     if (q.dtype == kBFloat16) attend<bf16>(q, k, v, mask, data);
     else attend<float>(q, k, v, mask, data);
     return out;

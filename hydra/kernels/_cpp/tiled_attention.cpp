@@ -22,7 +22,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kKeys = 256, kQueries = 128;  // of a tile: its scores and what they are made of fit into a core's cache
-constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kAlignment = 64;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
