@@ -104,9 +104,14 @@ float16 load(const float* from) {
     return values;
 }
 float16 load(const bf16* from) {
+#if defined(__AVX512F__)  // of which GCC makes four instructions more
+    return std::bit_cast<float16>(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
+#else
     uint16x16 bits;
     std::memcpy(&bits, from, sizeof bits);
     return std::bit_cast<float16>(__builtin_convertvector(bits, uint32x16) << 16);
+#endif
 }
 void store(float* to, float16 values) { std::memcpy(to, &values, sizeof values); }
 uint32x16 round_to_bf16(float16 values) {  // in the upper halves, whose lower ones are left over; to nearest, ties to even

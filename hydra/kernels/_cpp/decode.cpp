@@ -150,13 +150,13 @@ inline void prefetch(const void* from, int64_t n_bytes) {
     for (int64_t offset = 0; offset < n_bytes; offset += kLine) __builtin_prefetch(start + offset);
 }
 
-// out[r][b] = w[r] . x[b] for R rows of weights and C rows of x.
-template <int R, int C, class W>
+// out[r][b] = w[r] . x[b] for R rows of weights and C rows of x. Asks for the weights that lie ahead, unless told not to.
+template <int R, int C, bool kAsks = true, class W>
 inline void dot_rows(const W* w, const W* x, int64_t n_in, float out[R][C]) {
     float16 sums[R][C] = {};
     int64_t i = 0;
     for (; i + 16 <= n_in; i += 16) {
-        prefetch(w + R * i, R * 16 * sizeof(W));
+        if (kAsks) prefetch(w + R * i, R * 16 * sizeof(W));
         float16 x_c[C];
         for (int c = 0; c < C; ++c) x_c[c] = load(x + c * n_in + i);
         for (int r = 0; r < R; ++r) {
@@ -205,7 +205,7 @@ inline void sum_rows(const Vector (&rows)[R], Number (&out)[R]) {
 
 #if defined(__AVX512BF16__)
 // Products of bfloat16 pairs, added up in float32.
-template <int R, int C>
+template <int R, int C, bool kAsks = true>
 inline void dot_rows(const bf16* w, const bf16* x, int64_t n_in, float out[R][C]) {
     __m512 sums[C][R];
     for (int c = 0; c < C; ++c)
@@ -220,7 +220,7 @@ inline void dot_rows(const bf16* w, const bf16* x, int64_t n_in, float out[R][C]
     };
     int64_t i = 0;
     for (; i + 32 <= n_in; i += 32) {
-        prefetch(w + R * i, R * 64);
+        if (kAsks) prefetch(w + R * i, R * 64);
         step(i, ~0u);
     }
     if (i < n_in) step(i, (1u << (n_in - i)) - 1);
@@ -499,17 +499,18 @@ struct Attention {
         weights.resize(group() * kBlock), factors.resize(group());
         for (int64_t start = item.start; start < item.stop; start += kBlock) {
             const int64_t n = std::min(kBlock, item.stop - start);
+            float added[kBlock];
             int32_t seen[kBlock], n_seen = 0;
-            for (int64_t s = 0; s < n; ++s)
-                if (to_float(mask_S[start + s]) != -INFINITY) seen[n_seen++] = static_cast<int32_t>(s);
+            for (int64_t s = 0; s < kBlock; ++s) added[s] = s < n ? to_float(mask_S[start + s]) : -INFINITY;
+            for (int64_t s = 0; s < n; ++s) seen[n_seen] = static_cast<int32_t>(s), n_seen += added[s] != -INFINITY;
             if (n_seen == 0) continue;
             score(q_GH, k_SH + start * width, v_SE + start * value_width, n, weights.data());
             for (int64_t g = 0; g < group(); ++g)
-                factors[g] = weigh(mask_S + start, n, weights.data() + g * kBlock, tops_G[g], totals_G[g]);
+                factors[g] = weigh(added, weights.data() + g * kBlock, tops_G[g], totals_G[g]);
             int64_t g = 0;
-            const X* v_start = v_SE + start * value_width;
+            const X *v_start = v_SE + start * value_width, *next_k = k_SH + (start + kBlock) * width;
             auto add = [&]<int C>() {
-                add_values<C>(v_start, seen, n_seen, weights.data() + g * kBlock, factors.data() + g, sums_GE + g * value_width);
+                add_values<C>(v_start, next_k, seen, n_seen, weights.data() + g * kBlock, factors.data() + g, sums_GE + g * value_width);
                 g += C;
             };
             while (g + 4 <= group()) add.template operator()<4>();
@@ -518,12 +519,12 @@ struct Attention {
         }
     }
 
-    // Asks for the values meanwhile.
+    // Asks for the values meanwhile, and while these are added up for the next keys: memory is never idle.
     void score(const X* q_GH, const X* k_SH, const X* v_SE, int64_t n, float* scores) const {
         const float scale = 1 / std::sqrt(static_cast<float>(width));
         auto dots = [&]<int R, int C>(int64_t s, int64_t g) {
             float out[R][C];
-            dot_rows<R, C>(k_SH + s * width, q_GH + g * width, width, out);
+            dot_rows<R, C, false>(k_SH + s * width, q_GH + g * width, width, out);
             for (int r = 0; r < R; ++r)
                 for (int c = 0; c < C; ++c) scores[(g + c) * kBlock + s + r] = out[r][c] * scale;
         };
@@ -542,20 +543,21 @@ struct Attention {
     }
 
     // Scores of a block to weights; returns what the sums so far are to be multiplied with.
-    float weigh(const X* mask_S, int64_t n, float* weights, float& top, float& total) const {
-        float new_top = top;
-        for (int64_t s = 0; s < n; ++s) {
-            const float added = to_float(mask_S[s]);
-            weights[s] = added == -INFINITY ? added : weights[s] + added;
-            new_top = std::max(new_top, weights[s]);
+    static float weigh(const float* added, float* weights, float& top, float& total) {
+        float16 values[kBlock / 16], tops = spread(top);
+        for (int64_t i = 0; i < kBlock / 16; ++i) {
+            const float16 mask = load(added + 16 * i);
+            values[i] = mask == -INFINITY ? mask : load(weights + 16 * i) + mask;
+            tops = larger(values[i], tops);
         }
-        std::fill(weights + n, weights + kBlock, -INFINITY);
-        const float factor = top == -INFINITY ? 0.f : std::exp(top - new_top);
+        float new_top = top;
+        for (int lane = 0; lane < 16; ++lane) new_top = std::max(new_top, tops[lane]);
+        const float factor = top == new_top ? 1.f : top == -INFINITY ? 0.f : std::exp(top - new_top);
         float16 sums = {};
-        for (int64_t s = 0; s < kBlock; s += 16) {
-            const float16 values = exp2_of<7>((load(weights + s) - new_top) * kLog2E);
-            store(weights + s, values);
-            sums += values;
+        for (int64_t i = 0; i < kBlock / 16; ++i) {
+            values[i] = exp2_of<7>((values[i] - new_top) * kLog2E);
+            store(weights + 16 * i, values[i]);
+            sums += values[i];
         }
         top = new_top;
         total = total * factor + sum(sums);
@@ -564,13 +566,17 @@ struct Attention {
 
     template <int C>
     void add_values(
-        const X* v_SE, const int32_t* seen, int32_t n_seen, const float* weights, const float* factors, float* sums_GE) const {
+        const X* v_SE, const X* next_k, const int32_t* seen, int32_t n_seen, const float* weights, const float* factors,
+        float* sums_GE) const {
         auto columns = [&]<int V>(int64_t e) {
             float16 sums[C][V];
             for (int c = 0; c < C; ++c)
                 for (int i = 0; i < V; ++i) sums[c][i] = load(sums_GE + c * value_width + e + 16 * i) * factors[c];
             for (int32_t index = 0; index < n_seen; ++index) {
                 const int64_t s = seen[index];
+                const char* ahead = reinterpret_cast<const char*>(next_k + s * width + e);
+                for (int64_t offset = 0; offset < 16 * V * static_cast<int64_t>(sizeof(X)); offset += kLine)
+                    __builtin_prefetch(ahead + offset);
                 for (int i = 0; i < V; ++i) {
                     const float16 values = load(v_SE + s * value_width + e + 16 * i);
                     for (int c = 0; c < C; ++c) sums[c][i] += weights[c * kBlock + s] * values;
