@@ -10,6 +10,7 @@ convolutions look back, P = R + T, V = K H / 2 value channels that come from the
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,20 +180,41 @@ def convolve_causally(u_BPC: Tensor, conv0: nn.Conv1d, conv1: nn.Conv1d, documen
         )
 
     ids_BQ = None if document_ids_BP is None else document_ids_BP[:, n_taps_0 - 1 :]
-    taps = [
-        delay(z_BQC, tokens_back, n_tokens, ids_BQ).unflatten(2, (n_heads, width))
+    taps_MBTH = [
+        delay(z_BQC, tokens_back, n_tokens, ids_BQ).unflatten(2, (n_heads, width)).permute(2, 0, 1, 3)
         for tokens_back in range(n_taps_1 - 1, -1, -1)
     ]
-    # One matrix product per head over its k1 H inputs. The heads stay a strided axis: bmm takes that without a copy.
-    inputs_MXI = torch.cat(taps, dim=-1).reshape(n_batch * n_tokens, n_heads, n_taps_1 * width).transpose(0, 1)
+    # One matrix product per head over its k1 H inputs.
+    inputs_MXI = torch.cat(taps_MBTH, dim=-1).flatten(1, 2)
     weight_MOIk = conv1.weight.view(n_heads, width, width, n_taps_1)
     weight_MIO = weight_MOIk.permute(0, 3, 2, 1).reshape(n_heads, n_taps_1 * width, width)
     assert conv0.bias is not None
     assert conv1.bias is not None
     bias_0_M1H = conv0.bias.view(n_heads, 1, width)
     bias_M1H = conv1.bias.view(n_heads, 1, width) + (weight_MOIk.sum(-1) * bias_0_M1H).sum(-1)[:, None]
-    out_MXH = torch.baddbmm(bias_M1H, inputs_MXI, weight_MIO)
+    out_MXH = _MixChannels.apply(bias_M1H, inputs_MXI, weight_MIO)
     return out_MXH.view(n_heads, n_batch, n_tokens, width).permute(1, 2, 0, 3)
+
+
+class _MixChannels(torch.autograd.Function):
+    """baddbmm whose factors are contiguous in the backward pass as well.
+
+    The gradient of heads that are used side by side arrives as a strided view, of which the products would make copies
+    by themselves, and slowly. Asked for here, contiguous memory is what compiled code writes it to in the first place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, bias_M1H: Tensor, inputs_MXI: Tensor, weight_MIH: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs_MXI, weight_MIH)
+        return torch.baddbmm(bias_M1H, inputs_MXI, weight_MIH)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MXH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inputs_MXI, weight_MIH = ctx.saved_tensors
+        grad_MXH = grad_MXH.contiguous()
+        grad_inputs_MXI = torch.bmm(grad_MXH, weight_MIH.transpose(1, 2))
+        grad_weight_MIH = torch.bmm(inputs_MXI.transpose(1, 2), grad_MXH)
+        return grad_MXH.sum(1, keepdim=True), grad_inputs_MXI, grad_weight_MIH
 
 
 def delay(x_BPC: Tensor, tokens_back: int, n_outputs: int, document_ids_BP: Tensor | None) -> Tensor:
