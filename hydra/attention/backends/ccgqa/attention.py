@@ -24,6 +24,8 @@ from hydra.kernels.qk_norm_rope import qk_norm_rope
 
 # The norm is floored at 1e-12 (released code), which F.rms_norm wants as the floor of a mean square.
 NORM_EPS = 1e-24
+SUMMED_TOKENS = 64
+"""Tokens whose gradients of the first convolution are added up first, in compiled code."""
 
 
 @dataclasses.dataclass
@@ -89,17 +91,16 @@ class CompressedConvolutionalAttention(AttentionBackend):
     ) -> tuple[Tensor, Tensor]:
         """q_BTNH and k_BTKH before their norm: convolved, plus their un-convolved mean (Listing 1, eqs. 7, 8)."""
         spec = self.spec
-        n_batch, n_tokens, _ = x_BTD.shape
-        u_BTC = torch.cat([self.q_proj(x_BTD), self.k_proj(x_BTD)], dim=-1)
+        projected = [self.q_proj(x_BTD), self.k_proj(x_BTD)]
         n_past = spec.n_past_columns
-        if cache is None:
-            u_BPC = F.pad(u_BTC, (0, 0, n_past, 0))
+        if cache is None:  # padded first, so that compiled code writes them once
+            u_BPC = torch.cat([F.pad(part, (0, 0, n_past, 0)) for part in projected], dim=-1)
         else:
-            u_BPC = torch.cat([cache.past_u_BRC, u_BTC], dim=1)
+            u_BPC = torch.cat([cache.past_u_BRC, torch.cat(projected, dim=-1)], dim=1)
             cache.past_u_BRC.copy_(u_BPC[:, u_BPC.shape[1] - n_past :])
         mixed_BTMH = convolve_causally(u_BPC, self.conv0, self.conv1, context.recent_document_ids(n_past))
 
-        u_BTMH = u_BTC.view(n_batch, n_tokens, -1, spec.head_width)
+        u_BTMH = u_BPC[:, n_past:].unflatten(2, (-1, spec.head_width))
         q_BTKGH = u_BTMH[:, :, : spec.n_query_heads].unflatten(2, (spec.n_kv_heads, -1))
         k_BTK1H = u_BTMH[:, :, spec.n_query_heads :, None]
         mean_q_BTKGH = 0.5 * (q_BTKGH + k_BTK1H)
@@ -172,11 +173,13 @@ def convolve_causally(u_BPC: Tensor, conv0: nn.Conv1d, conv1: nn.Conv1d, documen
     n_batch, n_tokens = u_BPC.shape[0], u_BPC.shape[1] - (n_taps_0 - 1) - (n_taps_1 - 1)
 
     n_middle = n_tokens + n_taps_1 - 1
-    weight_0_C_taps = conv0.weight[:, 0].unbind(-1)
-    z_BQC = delay(u_BPC, 0, n_middle, document_ids_BP) * weight_0_C_taps[-1]
+    # Tap by tap in memory: compiled code takes no vectors of every k0-th number.
+    weight_0_kC = torch.stack(conv0.weight[:, 0].unbind(-1))
+    weight_0_BQC_taps = [_OverTokens.apply(weight_0_C, n_batch, n_middle) for weight_0_C in weight_0_kC]
+    z_BQC = delay(u_BPC, 0, n_middle, document_ids_BP) * weight_0_BQC_taps[-1]
     for tokens_back in range(1, n_taps_0):
         z_BQC = torch.addcmul(
-            z_BQC, delay(u_BPC, tokens_back, n_middle, document_ids_BP), weight_0_C_taps[-1 - tokens_back]
+            z_BQC, delay(u_BPC, tokens_back, n_middle, document_ids_BP), weight_0_BQC_taps[-1 - tokens_back]
         )
 
     ids_BQ = None if document_ids_BP is None else document_ids_BP[:, n_taps_0 - 1 :]
@@ -192,29 +195,44 @@ def convolve_causally(u_BPC: Tensor, conv0: nn.Conv1d, conv1: nn.Conv1d, documen
     assert conv1.bias is not None
     bias_0_M1H = conv0.bias.view(n_heads, 1, width)
     bias_M1H = conv1.bias.view(n_heads, 1, width) + (weight_MOIk.sum(-1) * bias_0_M1H).sum(-1)[:, None]
-    out_MXH = _MixChannels.apply(bias_M1H, inputs_MXI, weight_MIO)
+    out_MXH = _ContiguousGradient.apply(torch.baddbmm(bias_M1H, inputs_MXI, weight_MIO))
     return out_MXH.view(n_heads, n_batch, n_tokens, width).permute(1, 2, 0, 3)
 
 
-class _MixChannels(torch.autograd.Function):
-    """baddbmm whose factors are contiguous in the backward pass as well.
+class _ContiguousGradient(torch.autograd.Function):
+    """Nothing, whose gradient is contiguous.
 
-    The gradient of heads that are used side by side arrives as a strided view, of which the products would make copies
-    by themselves, and slowly. Asked for here, contiguous memory is what compiled code writes it to in the first place.
+    That of heads used side by side arrives as a strided view, of which matrix products would make copies by themselves,
+    and slowly. Asked for here, contiguous memory is what compiled code writes it to in the first place.
     """
 
     @staticmethod
-    def forward(ctx: Any, bias_M1H: Tensor, inputs_MXI: Tensor, weight_MIH: Tensor) -> Tensor:
-        ctx.save_for_backward(inputs_MXI, weight_MIH)
-        return torch.baddbmm(bias_M1H, inputs_MXI, weight_MIH)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_MXH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        inputs_MXI, weight_MIH = ctx.saved_tensors
-        grad_MXH = grad_MXH.contiguous()
-        grad_inputs_MXI = torch.bmm(grad_MXH, weight_MIH.transpose(1, 2))
-        grad_weight_MIH = torch.bmm(inputs_MXI.transpose(1, 2), grad_MXH)
-        return grad_MXH.sum(1, keepdim=True), grad_inputs_MXI, grad_weight_MIH
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+class _OverTokens(torch.autograd.Function):
+    """Channels repeated for every token, whose gradient compiled code adds up in two steps.
+
+    In one step it goes through all tokens for every 32 channels, which is through memory as slowly as can be.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_C: Tensor, n_batch: int, n_tokens: int) -> Tensor:
+        return x_C.expand(n_batch, n_tokens, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTC: Tensor) -> tuple[Tensor, None, None]:
+        n_blocks = grad_BTC.shape[1] // SUMMED_TOKENS
+        if n_blocks == 0 or not torch.compiler.is_compiling():
+            return grad_BTC.sum((0, 1)), None, None
+        whole_BTC, rest_BTC = grad_BTC.tensor_split([n_blocks * SUMMED_TOKENS], dim=1)
+        parts_BXC = whole_BTC.unflatten(1, (n_blocks, SUMMED_TOKENS)).sum(2)
+        return parts_BXC.sum((0, 1)) + rest_BTC.sum((0, 1)), None, None
 
 
 def delay(x_BPC: Tensor, tokens_back: int, n_outputs: int, document_ids_BP: Tensor | None) -> Tensor:
