@@ -144,10 +144,11 @@ class TrainingConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Numbers of matrix products and activations; weights are kept in float32 beside them. `auto` takes bfloat16 where
     the machine multiplies it fast. Chosen once, then kept by the run."""
-    attention_kernel: Literal["auto", "blocked", "flash", "flex", "scaled_dot_product"] = "auto"
-    """How softmax attention is computed: by torch's own choice, by matrix products over blocks of queries (`blocked`),
-    by flash-attn (`flash`) or by torch's FlexAttention (`flex`), these two on a GPU only. `auto` takes what is faster
-    on the device. Chosen once, then kept by the run."""
+    attention_kernel: Literal["auto", "blocked", "flash", "flex", "scaled_dot_product", "tiled"] = "auto"
+    """How softmax attention is computed: by torch's own choice, by matrix products over blocks of queries (`blocked`)
+    or over tiles of queries and keys in constant memory (`tiled`), both on a CPU, by flash-attn (`flash`) or by torch's
+    FlexAttention (`flex`), both on a GPU. `auto` takes what is faster on the device. Chosen once, then kept by the
+    run."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What computes norms, rotary embedding and feed-forward activations: torch's operators, or kernels in Triton, for
     GPUs. `auto` takes Triton's where they run. Chosen once, then kept by the run."""

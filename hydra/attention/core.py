@@ -14,10 +14,12 @@ from hydra.attention.masks import AttentionContext, FlashSequences, causal_mask,
 from hydra.errors import ConfigError
 from hydra.kernels.blocked_attention import blocked_attention
 from hydra.kernels.decode import native_single_query_attention
+from hydra.kernels.tiled_attention import tiled_attention
 
-KERNELS = ("scaled_dot_product", "blocked", "flex", "flash")
-"""`scaled_dot_product`: torch's own choice of implementation. `blocked`: hydra.kernels.blocked_attention. `flex`:
-torch's FlexAttention, which skips what documents and windows hide. `flash`: the package flash-attn."""
+KERNELS = ("scaled_dot_product", "blocked", "tiled", "flex", "flash")
+"""`scaled_dot_product`: torch's own choice of implementation. `blocked`: hydra.kernels.blocked_attention. `tiled`:
+hydra.kernels.tiled_attention. `flex`: torch's FlexAttention, which skips what documents and windows hide, as `tiled`
+does. `flash`: the package flash-attn."""
 DECODE_KERNEL = "single_query"
 """For one query token in each row on a CPU, with a mask; needs hydra.kernels.decode.load_native."""
 
@@ -32,7 +34,7 @@ def choose_kernel(device_type: str, n_tokens: int) -> tuple[str, str]:
     if device_type != "cpu":
         return "scaled_dot_product", "on a GPU torch has fused kernels"
     if n_tokens > MAX_BLOCKED_TOKENS:
-        return "scaled_dot_product", f"more than {MAX_BLOCKED_TOKENS} tokens in a row: weights would fill the memory"
+        return "tiled", f"more than {MAX_BLOCKED_TOKENS} tokens in a row: weights would fill the memory"
     return "blocked", "on a CPU plain matrix products are faster than torch's fused attention"
 
 
@@ -50,6 +52,8 @@ def check_kernel(kernel: str, device_type: str, dtype: torch.dtype | None = None
     if kernel not in KERNELS:
         raise ConfigError(f"attention kernel must be one of {', '.join(KERNELS)}, but got {kernel!r}")
     reason = ""
+    if kernel == "tiled" and device_type != "cpu":
+        reason = f"tiled attention computes on a CPU only, and the device is {device_type}"
     if kernel == "flex" and device_type != "cuda":
         reason = f"FlexAttention has a backward pass on a GPU only, and the device is {device_type}"
     if kernel == "flash":
@@ -106,6 +110,11 @@ def _blocked(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSE: Tensor, context: AttentionC
     return blocked_attention(q_BKGTH, k_BKSH, v_BKSE, mask_B1TS, scale).flatten(1, 2)
 
 
+def _tiled(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSE: Tensor, context: AttentionContext, scale: float) -> Tensor:
+    q_BKGTH = q_BNTH.unflatten(1, (k_BKSH.shape[1], -1))
+    return tiled_attention(q_BKGTH, k_BKSH, v_BKSE, context.first_visible_BT, scale).flatten(1, 2)
+
+
 def _single_query(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSE: Tensor, context: AttentionContext, scale: float) -> Tensor:
     assert context.mask_B1TS is not None, "a decode step has a mask"
     assert scale == q_BN1H.shape[-1] ** -0.5, scale
@@ -141,6 +150,7 @@ def _flash(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSE: Tensor, context: AttentionCon
 _COMPUTE = {
     "scaled_dot_product": _scaled_dot_product,
     "blocked": _blocked,
+    "tiled": _tiled,
     "flex": _flex,
     "flash": _flash,
     DECODE_KERNEL: _single_query,

@@ -3,7 +3,7 @@
 They are C++ (_cpp/decode.cpp), compiled on first use; load_native makes them available. hydra.kernels.reference.decode
 says what they compute.
 
-O outputs, I inputs, N query heads, K key/value heads, S tokens that a cache holds, H head width.
+O outputs, I inputs, N query heads, K key/value heads, S tokens that a cache holds, H head width (E that of values).
 """
 
 import mmap
@@ -26,12 +26,16 @@ LINE = 64
 def _load() -> None:
     load_library("decode")
     torch.library.register_fake("hydra::decode_linear", _fake_linear)
-    torch.library.register_fake("hydra::decode_attention", lambda q, k, v, mask: torch.empty_like(q))
+    torch.library.register_fake("hydra::decode_attention", _fake_attention)
 
 
 def _fake_linear(x: Tensor, matrices: list[Tensor]) -> Tensor:
     n_out = sum(matrix.shape[0] for matrix in matrices if matrix.ndim == 2)
     return x.new_empty(x.numel() // x.shape[-1] * n_out)
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
 
 
 def load_native(n_threads: int) -> None:
@@ -83,14 +87,18 @@ def native_linear(x: Tensor, weight_OI: Tensor, scales_O: Tensor | None = None) 
     return torch.ops.hydra.decode_linear(x, matrices).view(*x.shape[:-1], weight_OI.shape[0])
 
 
-def native_single_query_attention(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B11S: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(H) + mask) v, one query token for each row; keys after the last visible one are not read.
+def native_single_query_attention(q_BN1H: Tensor, k_BKSH: Tensor, v_BKSE: Tensor, mask_B11S: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(H) + mask) v, one query token for each row; each key and value is read once.
+
+    Keys before the first visible one and after the last are not read.
 
     Args:
-        q_BN1H, k_BKSH, v_BKSH: float32 or bfloat16.
+        q_BN1H, k_BKSH, v_BKSE: float32 or bfloat16; values may have a width E of their own.
         mask_B11S: 0 or -inf, in their dtype; its batch may be 1.
+    Returns:
+        out_BN1E in the dtype of q.
     """
-    return torch.ops.hydra.decode_attention(q_BN1H.contiguous(), k_BKSH, v_BKSH, mask_B11S.contiguous())
+    return torch.ops.hydra.decode_attention(q_BN1H.contiguous(), k_BKSH, v_BKSE, mask_B11S.contiguous())
 
 
 def pack(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -91,7 +91,7 @@ def test_attention_kernels(
             assert_close(grad, expected_grad, dtype, name)
 
 
-@pytest.mark.parametrize("kernel", ["scaled_dot_product", "blocked"])
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_a_scale_of_ones_own(kernel: str) -> None:
     q, k, v = (random_activations(1, 2, 5, 4, seed=seed) for seed in range(3))
     context = build_context(q[:, 0], kernel=kernel).specialise(torch.float64)
@@ -188,6 +188,7 @@ def test_blocked_attention_refuses_a_second_derivative() -> None:
     [
         (("fast", "cpu"), "must be one of .*blocked.* but got 'fast'"),
         (("flex", "cpu"), "backward pass on a GPU only, and the device is cpu; use attention_kernel auto"),
+        (("tiled", "cuda"), "on a CPU only, and the device is cuda"),
         (("flash", "cpu"), "on a GPU only, and the device is cpu"),
         (("flash", "cuda"), "flash-attn is not installed"),
     ],
@@ -201,7 +202,7 @@ def test_a_kernel_that_cannot_train_here_says_why(arguments: tuple[str, str], re
 
 def test_auto_takes_the_kernel_for_the_device() -> None:
     assert choose_kernel("cpu", 256)[0] == "blocked"
-    assert choose_kernel("cpu", 100_000)[0] == "scaled_dot_product"
+    assert choose_kernel("cpu", 100_000)[0] == "tiled"
     assert choose_kernel("cuda", 256)[0] == "scaled_dot_product"
 
 

@@ -45,8 +45,8 @@ def load_library(name: str) -> None:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise ConfigError(
-            f"compiled decoding needs a C++ compiler, but {os.environ.get('CXX', 'g++')} is not on the path; install "
-            "one (Debian: apt install g++), or ask for implementation='reference'"
+            f"{name} kernels need a C++ compiler, but {os.environ.get('CXX', 'g++')} is not on the path; install "
+            "one (Debian: apt install g++), or ask for implementation='reference' of what needs them"
         )
     library = cache_folder() / f"{name}-{fingerprint(source, compiler)}.so"
     if not library.exists():
@@ -61,14 +61,15 @@ def cache_folder() -> Path:
 
 
 def fingerprint(source: Path, compiler: str) -> str:
-    """Of everything that decides what the compiled code is: source, flags, compiler, torch, processor."""
+    """Of everything that decides what the compiled code is: source, headers, flags, compiler, torch, processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     cpuinfo = Path("/proc/cpuinfo")
     features = platform.machine()
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         features += "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    parts = (source.read_text(), " ".join(FLAGS), version, torch.__version__, features)
+    sources = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = (*sources, " ".join(FLAGS), version, torch.__version__, features)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -87,7 +88,7 @@ def compile_library(source: Path, compiler: str, library: Path) -> None:
         if done.returncode != 0:
             raise ConfigError(
                 f"{compiler} must compile {source}, but it failed:\n{done.stderr[-2000:]}\n"
-                "use another compiler (environment variable CXX), or ask for implementation='reference'"
+                "use another compiler (environment variable CXX), or implementation='reference' of what needs it"
             )
         output.replace(library)
     logger.info("compiled %s with %s in %.1f s; kept as %s", source.name, compiler, time.monotonic() - started, library)

@@ -5,7 +5,8 @@
 // stops. Threads wait for each other by spinning for a while before they sleep: a step has tens of products of a few
 // microseconds each, and waking a sleeping thread takes longer than one of them.
 //
-// B rows of x (streams), I inputs, O outputs; N query heads, K key/value heads, H head width, S tokens that a cache holds.
+// B rows of x (streams), I inputs, O outputs; N query heads, K key/value heads, H head width (E that of values), S tokens
+// that a cache holds.
 
 #include <pthread.h>
 #include <sched.h>
@@ -25,12 +26,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
+#include "common.h"
 
 namespace {
 
@@ -143,96 +139,6 @@ Team& team() {
 
 void set_threads(int64_t n_threads) { wanted_threads.store(static_cast<int>(n_threads)); }
 
-// ------------------------------------------------------------------------------------------------------------ tensors
-
-void check(bool holds, const char* what) {
-    if (!holds) throw std::runtime_error(what);
-}
-
-const int32_t kFloat32 = aoti_torch_dtype_float32(), kBFloat16 = aoti_torch_dtype_bfloat16(), kUint8 = aoti_torch_dtype_uint8();
-
-// What is to be known of a tensor that belongs to the caller.
-struct View {
-    void* data = nullptr;
-    int64_t* sizes = nullptr;
-    int64_t n_dims = 0;
-    int32_t dtype = 0;
-
-    explicit View(AtenTensorHandle tensor) {
-        bool is_contiguous = false;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &n_dims));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &is_contiguous));
-        check(is_contiguous, "tensors must be contiguous");
-    }
-
-    int64_t numel() const {
-        int64_t n = 1;
-        for (int64_t d = 0; d < n_dims; ++d) n *= sizes[d];
-        return n;
-    }
-};
-
-// A tensor of the caller's, and where its numbers are.
-std::pair<AtenTensorHandle, void*> empty(const std::vector<int64_t>& shape, int32_t dtype) {
-    check(dtype == kFloat32 || dtype == kBFloat16, "activations must be float32 or bfloat16");
-    std::vector<int64_t> strides(shape.size());
-    int64_t stride = 1;
-    for (size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
-    AtenTensorHandle tensor = nullptr;
-    void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &tensor));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
-    return {tensor, data};
-}
-
-// ------------------------------------------------------------------------------------------------------------ numbers
-
-struct bf16 {
-    uint16_t bits;
-};
-
-float to_float(float value) { return value; }
-float to_float(bf16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
-
-template <class T>
-T from_float(float value);
-template <>
-float from_float<float>(float value) {
-    return value;
-}
-template <>
-bf16 from_float<bf16>(float value) {  // to nearest, ties to even; NaN stays NaN
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    if (value != value) return {0x7fc0};
-    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
-}
-
-// 16 numbers; the compiler makes of them what the processor has.
-typedef float float16 __attribute__((vector_size(64)));
-typedef uint32_t uint32x16 __attribute__((vector_size(64)));
-typedef int32_t int32x16 __attribute__((vector_size(64)));
-typedef uint16_t uint16x16 __attribute__((vector_size(32)));
-
-float16 load(const float* from) {
-    float16 values;
-    std::memcpy(&values, from, sizeof values);
-    return values;
-}
-float16 load(const bf16* from) {
-    uint16x16 bits;
-    std::memcpy(&bits, from, sizeof bits);
-    return std::bit_cast<float16>(__builtin_convertvector(bits, uint32x16) << 16);
-}
-float sum(float16 values) {
-    float total = 0;
-    for (int lane = 0; lane < 16; ++lane) total += values[lane];
-    return total;
-}
-
 // ----------------------------------------------------------------------------------------------------- matrix product
 
 constexpr int64_t kAhead = 6144;  // bytes that are asked for before they are used
@@ -244,13 +150,13 @@ inline void prefetch(const void* from, int64_t n_bytes) {
     for (int64_t offset = 0; offset < n_bytes; offset += kLine) __builtin_prefetch(start + offset);
 }
 
-// out[r][b] = w[r] . x[b] for R rows of weights and C rows of x.
-template <int R, int C, class W>
+// out[r][b] = w[r] . x[b] for R rows of weights and C rows of x. Asks for the weights that lie ahead, unless told not to.
+template <int R, int C, bool kAsks = true, class W>
 inline void dot_rows(const W* w, const W* x, int64_t n_in, float out[R][C]) {
     float16 sums[R][C] = {};
     int64_t i = 0;
     for (; i + 16 <= n_in; i += 16) {
-        prefetch(w + R * i, R * 16 * sizeof(W));
+        if (kAsks) prefetch(w + R * i, R * 16 * sizeof(W));
         float16 x_c[C];
         for (int c = 0; c < C; ++c) x_c[c] = load(x + c * n_in + i);
         for (int r = 0; r < R; ++r) {
@@ -299,7 +205,7 @@ inline void sum_rows(const Vector (&rows)[R], Number (&out)[R]) {
 
 #if defined(__AVX512BF16__)
 // Products of bfloat16 pairs, added up in float32.
-template <int R, int C>
+template <int R, int C, bool kAsks = true>
 inline void dot_rows(const bf16* w, const bf16* x, int64_t n_in, float out[R][C]) {
     __m512 sums[C][R];
     for (int c = 0; c < C; ++c)
@@ -314,7 +220,7 @@ inline void dot_rows(const bf16* w, const bf16* x, int64_t n_in, float out[R][C]
     };
     int64_t i = 0;
     for (; i + 32 <= n_in; i += 32) {
-        prefetch(w + R * i, R * 64);
+        if (kAsks) prefetch(w + R * i, R * 64);
         step(i, ~0u);
     }
     if (i < n_in) step(i, (1u << (n_in - i)) - 1);
@@ -544,58 +450,203 @@ AtenTensorHandle linear(AtenTensorHandle x_handle, const AtenTensorHandle* handl
 
 // ---------------------------------------------------------------------------------------------------------- attention
 
+constexpr int64_t kChunk = 512;  // keys of one work item; the same whatever the threads, so that these change no bit
+constexpr int64_t kBlock = 64;   // keys whose values lie in the first cache by the time that they have weights
+
+// What one chunk of keys gives: for each query head of the group the largest score, the sum of weights and of weighted
+// values, both relative to that score.
 template <class X>
 struct Attention {
     const X *q, *k, *v, *mask;
     X* out;
-    int64_t n_heads, n_kv_heads, max_keys, width, mask_stride;
+    int64_t n_rows, n_heads, n_kv_heads, max_keys, width, value_width, mask_stride;
 
-    // One query head: scores, softmax, weighted values; all in float32. Keys after the last visible one are not read.
-    void head(int64_t index) const {
-        const int64_t row = index / n_heads, kv_head = index % n_heads / (n_heads / n_kv_heads);
-        const X* q_H = q + index * width;
-        const X* k_SH = k + (row * n_kv_heads + kv_head) * max_keys * width;
-        const X* v_SH = v + (row * n_kv_heads + kv_head) * max_keys * width;
+    struct Item {
+        int64_t head, start, stop;  // a key/value head of a row, and some of the keys
+    };
+
+    int64_t group() const { return n_heads / n_kv_heads; }
+    int64_t n_result() const { return group() * (2 + value_width); }
+
+    // Keys before the first visible one and after the last are not read.
+    std::pair<int64_t, int64_t> visible_keys(int64_t row) const {
         const X* mask_S = mask + row * mask_stride;
-        int64_t n_keys = max_keys;
-        while (n_keys > 0 && to_float(mask_S[n_keys - 1]) == -INFINITY) --n_keys;
-        thread_local std::vector<float> weights, sums;
-        weights.resize(n_keys), sums.assign(width, 0.f);
+        int64_t start = 0, stop = max_keys;
+        while (stop > 0 && to_float(mask_S[stop - 1]) == -INFINITY) --stop;
+        while (start < stop && to_float(mask_S[start]) == -INFINITY) ++start;
+        return {start, stop};
+    }
+
+    std::vector<Item> items() const {
+        std::vector<Item> items;
+        for (int64_t row = 0; row < n_rows; ++row) {
+            const auto [start, stop] = visible_keys(row);
+            for (int64_t head = row * n_kv_heads; head < (row + 1) * n_kv_heads; ++head)
+                for (int64_t s = start; s == start || s < stop; s += kChunk) items.push_back({head, s, std::min(s + kChunk, stop)});
+        }
+        return items;
+    }
+
+    // All query heads of the group at once: every key and value is read one time.
+    void run(const Item& item, float* result) const {
+        const X* q_GH = q + item.head * group() * width;
+        const X* k_SH = k + item.head * max_keys * width;
+        const X* v_SE = v + item.head * max_keys * value_width;
+        const X* mask_S = mask + item.head / n_kv_heads * mask_stride;
+        float *tops_G = result, *totals_G = result + group(), *sums_GE = totals_G + group();
+        std::fill_n(tops_G, group(), -INFINITY), std::fill_n(totals_G, group() * (1 + value_width), 0.f);
+        thread_local std::vector<float> weights, factors;
+        weights.resize(group() * kBlock), factors.resize(group());
+        for (int64_t start = item.start; start < item.stop; start += kBlock) {
+            const int64_t n = std::min(kBlock, item.stop - start);
+            float added[kBlock];
+            int32_t seen[kBlock], n_seen = 0;
+            for (int64_t s = 0; s < kBlock; ++s) added[s] = s < n ? to_float(mask_S[start + s]) : -INFINITY;
+            for (int64_t s = 0; s < n; ++s) seen[n_seen] = static_cast<int32_t>(s), n_seen += added[s] != -INFINITY;
+            if (n_seen == 0) continue;
+            score(q_GH, k_SH + start * width, v_SE + start * value_width, n, weights.data());
+            for (int64_t g = 0; g < group(); ++g)
+                factors[g] = weigh(added, weights.data() + g * kBlock, tops_G[g], totals_G[g]);
+            int64_t g = 0;
+            const X *v_start = v_SE + start * value_width, *next_k = k_SH + (start + kBlock) * width;
+            auto add = [&]<int C>() {
+                add_values<C>(v_start, next_k, seen, n_seen, weights.data() + g * kBlock, factors.data() + g, sums_GE + g * value_width);
+                g += C;
+            };
+            while (g + 4 <= group()) add.template operator()<4>();
+            if (g + 2 <= group()) add.template operator()<2>();
+            if (g < group()) add.template operator()<1>();
+        }
+    }
+
+    // Asks for the values meanwhile, and while these are added up for the next keys: memory is never idle.
+    void score(const X* q_GH, const X* k_SH, const X* v_SE, int64_t n, float* scores) const {
         const float scale = 1 / std::sqrt(static_cast<float>(width));
-        float top = std::numeric_limits<float>::lowest();
-        for (int64_t s = 0; s < n_keys; ++s) {
-            float dot[1][1];
-            dot_rows<1, 1>(k_SH + s * width, q_H, width, dot);
-            weights[s] = dot[0][0] * scale + to_float(mask_S[s]);
-            top = std::max(top, weights[s]);
+        auto dots = [&]<int R, int C>(int64_t s, int64_t g) {
+            float out[R][C];
+            dot_rows<R, C, false>(k_SH + s * width, q_GH + g * width, width, out);
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < C; ++c) scores[(g + c) * kBlock + s + r] = out[r][c] * scale;
+        };
+        auto rows = [&]<int R>(int64_t s) {
+            const char* values = reinterpret_cast<const char*>(v_SE + s * value_width);
+            for (int64_t offset = 0; offset < R * value_width * static_cast<int64_t>(sizeof(X)); offset += kLine)
+                __builtin_prefetch(values + offset);
+            int64_t g = 0;
+            for (; g + 4 <= group(); g += 4) dots.template operator()<R, 4>(s, g);
+            for (; g + 2 <= group(); g += 2) dots.template operator()<R, 2>(s, g);
+            if (g < group()) dots.template operator()<R, 1>(s, g);
+        };
+        int64_t s = 0;
+        for (; s + 4 <= n; s += 4) rows.template operator()<4>(s);
+        for (; s < n; ++s) rows.template operator()<1>(s);
+    }
+
+    // Scores of a block to weights; returns what the sums so far are to be multiplied with.
+    static float weigh(const float* added, float* weights, float& top, float& total) {
+        float16 values[kBlock / 16], tops = spread(top);
+        for (int64_t i = 0; i < kBlock / 16; ++i) {
+            const float16 mask = load(added + 16 * i);
+            values[i] = mask == -INFINITY ? mask : load(weights + 16 * i) + mask;
+            tops = larger(values[i], tops);
         }
-        float total = 0;
-        for (int64_t s = 0; s < n_keys; ++s) total += weights[s] = std::exp(weights[s] - top);
-        for (int64_t s = 0; s < n_keys; ++s) {
-            if (weights[s] == 0) continue;
-            int64_t h = 0;
-            for (; h + 16 <= width; h += 16) {
-                const float16 updated = load(sums.data() + h) + weights[s] * load(v_SH + s * width + h);
-                std::memcpy(sums.data() + h, &updated, sizeof updated);
+        float new_top = top;
+        for (int lane = 0; lane < 16; ++lane) new_top = std::max(new_top, tops[lane]);
+        const float factor = top == new_top ? 1.f : top == -INFINITY ? 0.f : std::exp(top - new_top);
+        float16 sums = {};
+        for (int64_t i = 0; i < kBlock / 16; ++i) {
+            values[i] = exp2_of<7>((values[i] - new_top) * kLog2E);
+            store(weights + 16 * i, values[i]);
+            sums += values[i];
+        }
+        top = new_top;
+        total = total * factor + sum(sums);
+        return factor;
+    }
+
+    template <int C>
+    void add_values(
+        const X* v_SE, const X* next_k, const int32_t* seen, int32_t n_seen, const float* weights, const float* factors,
+        float* sums_GE) const {
+        auto columns = [&]<int V>(int64_t e) {
+            float16 sums[C][V];
+            for (int c = 0; c < C; ++c)
+                for (int i = 0; i < V; ++i) sums[c][i] = load(sums_GE + c * value_width + e + 16 * i) * factors[c];
+            for (int32_t index = 0; index < n_seen; ++index) {
+                const int64_t s = seen[index];
+                const char* ahead = reinterpret_cast<const char*>(next_k + s * width + e);
+                for (int64_t offset = 0; offset < 16 * V * static_cast<int64_t>(sizeof(X)); offset += kLine)
+                    __builtin_prefetch(ahead + offset);
+                for (int i = 0; i < V; ++i) {
+                    const float16 values = load(v_SE + s * value_width + e + 16 * i);
+                    for (int c = 0; c < C; ++c) sums[c][i] += weights[c * kBlock + s] * values;
+                }
             }
-            for (; h < width; ++h) sums[h] += weights[s] * to_float(v_SH[s * width + h]);
+            for (int c = 0; c < C; ++c)
+                for (int i = 0; i < V; ++i) store(sums_GE + c * value_width + e + 16 * i, sums[c][i]);
+        };
+        int64_t e = 0;
+        for (; e + 64 <= value_width; e += 64) columns.template operator()<4>(e);
+        for (; e + 16 <= value_width; e += 16) columns.template operator()<1>(e);
+        for (; e < value_width; ++e)
+            for (int c = 0; c < C; ++c) {
+                float total = sums_GE[c * value_width + e] * factors[c];
+                for (int32_t index = 0; index < n_seen; ++index)
+                    total += weights[c * kBlock + seen[index]] * to_float(v_SE[seen[index] * value_width + e]);
+                sums_GE[c * value_width + e] = total;
+            }
+    }
+
+    // The chunks of one key/value head together; results lie one behind the other.
+    void finish(int64_t head, const float* results, int64_t n_chunks) const {
+        for (int64_t g = 0; g < group(); ++g) {
+            float top = -INFINITY, total = 0;
+            for (int64_t c = 0; c < n_chunks; ++c) top = std::max(top, results[c * n_result() + g]);
+            thread_local std::vector<float> sums;
+            sums.assign(value_width, 0.f);
+            for (int64_t c = 0; c < n_chunks; ++c) {
+                const float* result = results + c * n_result();
+                const float factor = result[g] == -INFINITY ? 0.f : std::exp(result[g] - top);
+                // A chunk that holds a NaN may have no largest score.
+                if (result[g] == -INFINITY && result[group() + g] == 0.f) continue;
+                total += result[group() + g] * factor;
+                const float* sums_E = result + 2 * group() + g * value_width;
+                for (int64_t e = 0; e < value_width; ++e) sums[e] += sums_E[e] * factor;
+            }
+            X* out_E = out + (head * group() + g) * value_width;
+            for (int64_t e = 0; e < value_width; ++e) out_E[e] = from_float<X>(total == 0.f ? 0.f : sums[e] / total);
         }
-        for (int64_t h = 0; h < width; ++h) out[index * width + h] = from_float<X>(n_keys > 0 ? sums[h] / total : 0.f);
     }
 };
 
 template <class X>
 void attend(const View& q, const View& k, const View& v, const View& mask, void* out) {
     const Attention<X> attention{
-        static_cast<const X*>(q.data),    static_cast<const X*>(k.data), static_cast<const X*>(v.data),
-        static_cast<const X*>(mask.data), static_cast<X*>(out),          q.sizes[1],
-        k.sizes[1],                       k.sizes[2],                    q.sizes[3],
+        static_cast<const X*>(q.data),
+        static_cast<const X*>(k.data),
+        static_cast<const X*>(v.data),
+        static_cast<const X*>(mask.data),
+        static_cast<X*>(out),
+        q.sizes[0],
+        q.sizes[1],
+        k.sizes[1],
+        k.sizes[2],
+        q.sizes[3],
+        v.sizes[3],
         mask.sizes[0] == 1 ? 0 : k.sizes[2]};
-    const int64_t n_heads = q.sizes[0] * q.sizes[1];
-    team().run(n_parts(n_heads), [&](int index, int n) {
-        const auto [start, stop] = part(n_heads, index, n);
-        for (int64_t head = start; head < stop; ++head) attention.head(head);
+    const auto items = attention.items();
+    const int64_t n_items = static_cast<int64_t>(items.size()), n_result = attention.n_result();
+    thread_local std::vector<float> memory;
+    memory.resize(n_items * n_result);
+    float* results = memory.data();
+    team().run(n_parts(n_items), [&](int index, int n) {
+        const auto [start, stop] = part(n_items, index, n);
+        for (int64_t item = start; item < stop; ++item) attention.run(items[item], results + item * n_result);
     });
+    for (int64_t start = 0, stop; start < n_items; start = stop) {
+        for (stop = start; stop < n_items && items[stop].head == items[start].head;) ++stop;
+        attention.finish(items[start].head, results + start * n_result, stop - start);
+    }
 }
 
 AtenTensorHandle attention(
@@ -603,11 +654,11 @@ AtenTensorHandle attention(
     const View q(q_BN1H), k(k_BKSH), v(v_BKSH), mask(mask_B11S);
     check(q.n_dims == 4 && k.n_dims == 4 && v.n_dims == 4 && mask.n_dims == 4, "q, k, v and mask must have 4 dimensions");
     check(q.sizes[2] == 1 && mask.sizes[1] == 1 && mask.sizes[2] == 1, "there must be one query token");
-    check(std::equal(k.sizes, k.sizes + 4, v.sizes) && k.sizes[0] == q.sizes[0] && k.sizes[3] == q.sizes[3] &&
+    check(std::equal(k.sizes, k.sizes + 3, v.sizes) && k.sizes[0] == q.sizes[0] && k.sizes[3] == q.sizes[3] &&
               k.sizes[1] > 0 && q.sizes[1] % k.sizes[1] == 0 && mask.sizes[3] == k.sizes[2] && (mask.sizes[0] == 1 || mask.sizes[0] == q.sizes[0]),
           "the shapes of q, k, v and mask must fit together");
     check(k.dtype == q.dtype && v.dtype == q.dtype && mask.dtype == q.dtype, "q, k, v and mask must have one dtype");
-    const auto [out, data] = empty({q.sizes, q.sizes + 4}, q.dtype);
+    const auto [out, data] = empty({q.sizes[0], q.sizes[1], 1, v.sizes[3]}, q.dtype);
     if (q.dtype == kBFloat16) attend<bf16>(q, k, v, mask, data);
     else attend<float>(q, k, v, mask, data);
     return out;

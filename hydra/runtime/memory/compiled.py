@@ -14,7 +14,17 @@ from torch import Tensor, fx, nn
 
 aten = torch.ops.aten
 # What is a call of a library, between the fused loops.
-LIBRARY_CALLS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product", "embedding", "index_put")
+LIBRARY_CALLS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "convolution",
+    "_scaled_dot_product",
+    "tiled_attention",
+    "embedding",
+    "index_put",
+)
 ALIASES = ("view", "_unsafe_view", "reshape", "getitem")
 
 

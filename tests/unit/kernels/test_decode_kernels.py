@@ -111,6 +111,38 @@ def test_attention(n_heads: int, n_kv_heads: int, width: int, dtype: torch.dtype
     assert torch.equal(shared, out_BN1H[2:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(7, 1), (4, 2), (3, 3)])
+def test_attention_over_several_chunks(n_heads: int, n_kv_heads: int, dtype: torch.dtype) -> None:
+    """A window that starts within a chunk, a row of one chunk, gaps of a whole chunk and of single keys, all NaN."""
+    length, width, value_width = 1800, 48, 84
+    mask_BS = torch.zeros(3, length)
+    mask_BS[0, :700] = -torch.inf
+    mask_BS[1, 130:] = -torch.inf
+    mask_BS[2, 600:1300] = -torch.inf
+    mask_BS[2, 3::7] = -torch.inf
+    q_BN1H = random_activations(3, n_heads, 1, width, dtype=dtype)
+    k_BKSH = random_activations(3, n_kv_heads, length, width, dtype=dtype, seed=1)
+    v_BKSE = random_activations(3, n_kv_heads, length, value_width, dtype=dtype, seed=2)
+    k_BKSH[2, :, 1700] *= 20  # the largest score comes late
+    is_hidden_B1S1 = (mask_BS == -torch.inf)[:, None, :, None]
+    k_BKSH, v_BKSE = k_BKSH.masked_fill(is_hidden_B1S1, torch.nan), v_BKSE.masked_fill(is_hidden_B1S1, torch.nan)
+    mask_B11S = mask_BS[:, None, None].to(dtype)
+    out_BN1E = native_single_query_attention(q_BN1H, k_BKSH, v_BKSE, mask_B11S)
+    assert_close(out_BN1E, reference.single_query_attention(q_BN1H, k_BKSH, v_BKSE, mask_B11S), dtype, "outputs")
+
+
+def test_threads_change_no_bit_of_attention() -> None:
+    q, mask = random_activations(1, 4, 1, 32, dtype=torch.float32), torch.zeros(1, 1, 1, 3000)
+    k, v = (random_activations(1, 2, 3000, 32, dtype=torch.float32, seed=seed) for seed in (1, 2))
+    outputs = []
+    for n_threads in (1, 2, 5):
+        load_native(n_threads)
+        outputs.append(native_single_query_attention(q, k, v, mask))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
 def test_a_nan_that_is_seen_stays_one() -> None:
     mask = torch.zeros(1, 1, 1, 5)
     for place in range(3):

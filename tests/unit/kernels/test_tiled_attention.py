@@ -1,0 +1,207 @@
+"""Tiled attention, in C++ and in plain torch, against float64: odd lengths, windows, documents, caches, wide values.
+
+B batch, T queries, S keys, K key/value heads, G query heads of each, H width of queries and keys, E width of values.
+"""
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from hydra.kernels import tiled_attention as module
+from hydra.kernels.reference.tiled_attention import tiled_attention as reference
+from hydra.kernels.tiled_attention import AMX, FLOAT32, PAIRS, TILE, native_products, tiled_attention
+from hydra.testing.poison import nan_poisoned_memory  # noqa: F401
+from hydra.testing.specs import random_activations
+from hydra.testing.tolerances import assert_close
+
+M_PERTURB, M_MMAP_THRESHOLD = -6, -3
+FILL_WITH_FF = 0x100
+"""Memory is filled with the complement of the lowest byte: float32 and bfloat16 NaN."""
+IMPLEMENTATIONS = [
+    (torch.float64, None),
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.float32, FLOAT32),
+    (torch.bfloat16, FLOAT32),
+    (torch.bfloat16, PAIRS),
+    (torch.bfloat16, AMX),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(nan_poisoned_memory: None) -> Iterator[None]:  # noqa: F811
+    """What the C++ code takes for itself is NaN too, where the C library can do that."""
+    libc = ctypes.CDLL(None)
+    can_perturb = hasattr(libc, "gnu_get_libc_version")
+    if can_perturb:
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_PERTURB, FILL_WITH_FF)
+    yield
+    if can_perturb:
+        libc.mallopt(M_PERTURB, 0)
+
+
+def name_of(implementation: tuple[torch.dtype, int | None]) -> str:
+    dtype, products = implementation
+    return f"{dtype}-{'torch' if products is None else ('float32', 'pairs', 'amx')[products]}"
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, ids=name_of)
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    dtype, products = request.param
+    best = native_products(torch.bfloat16)
+    if products is not None and (best is None or products > best):
+        pytest.skip("this processor does not multiply so")
+    monkeypatch.setattr(module, "native_products", lambda dtype: products)
+    return dtype
+
+
+def check(
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int, int],
+    widths: tuple[int, int] = (16, 16),
+    first_visible_BT: Tensor | None = None,
+    scale: float | None = None,
+) -> None:
+    n_batch, n_kv_heads, n_group, n_queries, n_keys = sizes
+    # In the layout of a projection's output.
+    q_BKGTH = random_activations(n_batch, n_queries, n_kv_heads, n_group, widths[0], dtype=dtype).permute(0, 2, 3, 1, 4)
+    k_BKSH = random_activations(n_batch, n_keys, n_kv_heads, widths[0], dtype=dtype, seed=1).transpose(1, 2)
+    v_BKSE = random_activations(n_batch, n_kv_heads, n_keys, widths[1], dtype=dtype, seed=2)
+    inputs = [x.requires_grad_() for x in (q_BKGTH, k_BKSH, v_BKSE)]
+    weight = random_activations(n_batch, n_kv_heads, n_group, n_queries, widths[1], dtype=dtype, seed=3)
+
+    out = tiled_attention(*inputs, first_visible_BT, scale)
+    grads = torch.autograd.grad((out * weight).sum(), inputs)
+    expected = reference(*inputs, first_visible_BT, scale)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
+    assert out.dtype == dtype
+    assert out.permute(0, 3, 1, 2, 4).is_contiguous()
+    assert_close(out, expected, dtype, "outputs")
+    for name, grad, expected_grad in zip("qkv", grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, dtype, name)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 1, 2, 2),
+        (2, 1, 3, 5, 9),
+        (1, 2, 2, 128, 256),
+        (1, 2, 1, 129, 257),
+        (2, 1, 2, 100, 700),
+        (1, 1, 1, TILE + 3, TILE + 3),
+        (1, 1, 2, 1, 300),
+        (1, 3, 1, 300, 300),
+    ],
+    ids=str,
+)
+def test_sizes(dtype: torch.dtype, sizes: tuple[int, int, int, int, int]) -> None:
+    check(dtype, sizes)
+
+
+@pytest.mark.parametrize("widths", [(192, 128), (20, 36), (6, 6), (33, 31)], ids=str)
+def test_widths(dtype: torch.dtype, widths: tuple[int, int]) -> None:
+    check(dtype, (1, 2, 2, 150, 270), widths, scale=0.3)
+
+
+@pytest.mark.parametrize("window", [2, 100, 300])
+def test_windows(dtype: torch.dtype, window: int) -> None:
+    first_visible_BT = (torch.arange(200, 600) - window + 1).clamp(min=0)[None]
+    check(dtype, (2, 1, 2, 400, 600), first_visible_BT=first_visible_BT)
+
+
+def test_documents(dtype: torch.dtype) -> None:
+    """Others in each row; some end at the border of a tile, some have one token, in which a gradient is 0."""
+    lengths = [(256, 128, 1, 215), (3, 597)]
+    starts = [torch.tensor([sum(row[:n]) for n, length in enumerate(row) for _ in range(length)]) for row in lengths]
+    check(dtype, (2, 2, 1, 600, 600), first_visible_BT=torch.stack(starts))
+
+
+def test_large_scores(dtype: torch.dtype) -> None:
+    """The largest score of a query comes late, and by far: what was added up before counts for nothing."""
+    length = TILE + 100
+    q = torch.ones(1, 1, 1, length, 16, dtype=dtype)
+    k = (
+        (torch.arange(length, dtype=torch.float64) / 16)[None, None, :, None]
+        .expand(-1, -1, -1, 16)
+        .to(dtype)
+        .contiguous()
+    )
+    v = random_activations(1, 1, length, 16, dtype=dtype)
+    for sign in (1, -1):
+        assert_close(tiled_attention(q, sign * k, v), reference(q, sign * k, v), dtype, "outputs")
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
+def test_threads_that_share_a_head(dtype: torch.dtype, n_threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        check(dtype, (1, 1, 2, 600, 700), first_visible_BT=torch.arange(600)[None] // 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_same_again(dtype: torch.dtype) -> None:
+    q = random_activations(1, 2, 2, 300, 32, dtype=dtype)
+    inputs = [q, *(random_activations(1, 2, 300, 32, dtype=dtype, seed=seed) for seed in (1, 2))]
+    inputs = [x.requires_grad_() for x in inputs]
+    results = []
+    for _ in range(3):
+        out = tiled_attention(*inputs)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_nan_that_is_seen_stays_one(dtype: torch.dtype) -> None:
+    q, kv = random_activations(1, 1, 1, 40, 16, dtype=dtype), random_activations(1, 1, 40, 16, dtype=dtype, seed=1)
+    kv[0, 0, 30, 3] = torch.nan
+    out = tiled_attention(q, kv, torch.ones_like(kv))
+    assert out[0, 0, 0, 30:].isnan().all()
+    assert out[0, 0, 0, :30].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_whole(dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+    first_visible_BT = (torch.arange(300) // 90 * 90)[None]
+    weights = [random_activations(32, 96, dtype=dtype, seed=seed).requires_grad_() for seed in (1, 2)]
+    x_BTD = random_activations(2, 300, 32, dtype=dtype)
+
+    def layer(x_BTD: Tensor, w_in: Tensor, w_out: Tensor, first_visible_BT: Tensor) -> Tensor:
+        q, k, v = (x_BTD @ w_in).unflatten(2, (3, 2, 16)).unbind(2)
+        q_BKGTH = q.transpose(1, 2)[:, :, None]
+        out = tiled_attention(q_BKGTH, k.transpose(1, 2), v.transpose(1, 2), first_visible_BT)
+        return out.permute(0, 3, 1, 2, 4).flatten(2) @ w_out.T[:32]
+
+    def run(function: object) -> list[Tensor]:
+        out = function(x_BTD, *weights, first_visible_BT)  # type: ignore[operator]
+        return [out, *torch.autograd.grad(out.float().square().sum(), weights)]
+
+    compiled = run(torch.compile(layer, fullgraph=True, dynamic=False))
+    for name, actual, expected in zip(("outputs", "w_in", "w_out"), compiled, run(layer), strict=True):
+        assert_close(actual, expected, dtype, name)
+
+
+def test_operator_registration() -> None:
+    q = random_activations(1, 2, 2, 40, 16, dtype=torch.float32).requires_grad_()
+    k, v = (random_activations(1, 2, 40, 16, dtype=torch.float32, seed=seed).requires_grad_() for seed in (1, 2))
+    torch.library.opcheck(torch.ops.hydra.tiled_attention.default, (q, k, v, None, 0.25))
+
+
+def test_wrong_operands_are_refused() -> None:
+    if native_products(torch.float32) is None:
+        pytest.skip("there is no compiler")
+    q, kv = torch.ones(1, 1, 1, 4, 8), torch.ones(1, 1, 4, 8)
+    with pytest.raises(RuntimeError, match="must fit together"):
+        tiled_attention(q, kv, torch.ones(1, 2, 4, 8))
+    with pytest.raises(RuntimeError, match="one dtype"):
+        tiled_attention(q, kv, kv.bfloat16())
+    with pytest.raises(RuntimeError, match="first_visible must be int64"):
+        tiled_attention(q, kv, kv, torch.zeros(1, 4))
+    with pytest.raises(RuntimeError, match="scale must be positive"):
+        tiled_attention(q, kv, kv, None, -1.0)
