@@ -24,8 +24,8 @@ FORMATS = {form.model_type: form for form in (DEEPSEEK_V3, LLAMA, MINIMAX, ZAYA)
 def load_attention(config: Mapping[str, Any], state: Mapping[str, Tensor], layer_index: int) -> AttentionBackend:
     """A layer of ours with the weights of theirs, copied, in their dtype and on their device.
 
-    Llama becomes `gqa`, DeepSeek-V3 `mla`, ZAYA `ccgqa`, a lightning layer of MiniMax `lightning`; outputs are the same up
-    to rounding.
+    Llama becomes `gqa`, DeepSeek-V3 `mla`, ZAYA `ccgqa`, a lightning layer of MiniMax `lightning`; outputs are the same
+    up to rounding.
 
     Args:
         config: as in config.json, or from to_dict() of transformers' config.
@@ -64,8 +64,9 @@ def save_attention(layer: AttentionBackend) -> tuple[dict[str, Any], dict[str, T
 
     Returns:
         The fields of a config that the layer depends on (transformers fills in the others), and the state dict of their
-        attention module, copied. Loaded and saved again it is the same to the bit, except for ZAYA's temperatures
-        outside of [1/e, e] (see hydra.convert.zaya), and decays, which are computed anew for blocks of 256 tokens.
+        attention module, copied. What was loaded is saved to the bit, and the other way round, except for ZAYA's
+        temperatures (hydra.convert.zaya says how far) and MiniMax's decays, which are computed anew for blocks of 256
+        tokens.
     Raises:
         ConfigError: a layer of which transformers has no like; the option is named.
     """

@@ -36,8 +36,8 @@ def write_config(spec: GQASpec) -> dict[str, Any]:
     for name, value in (("qk_norm", False), ("window", 0)):
         if getattr(spec, name) != value:
             raise ConfigError(
-                f"{name} must be {value!r} for a Llama, but got {name}={getattr(spec, name)!r}; its attention has no such "
-                "option"
+                f"{name} must be {value!r} for a Llama, but got {name}={getattr(spec, name)!r}; "
+                "its attention has no such option"
             )
     return {
         **write_common_config("llama", spec),

@@ -54,8 +54,8 @@ def save_transformers(model: HydraModel) -> tuple[dict[str, Any], dict[str, Tens
     """Config and state dict of a LlamaForCausalLM for a model: the inverse of load_transformers.
 
     Returns:
-        Fields of the config, ready for JSON, and the weights, copied. Loaded and saved again they are the same to the bit.
-        With tied embeddings there is no `lm_head.weight`, as in files of transformers.
+        Fields of the config, ready for JSON, and the weights, copied, the same to the bit when loaded again. With tied
+        embeddings there is no `lm_head.weight`, as in files of transformers.
     Raises:
         ConfigError: a model that is no Llama; the field is named.
     """

@@ -68,7 +68,7 @@ def to_ours(pairs: Sequence[TensorPair], state: Mapping[str, Tensor]) -> dict[st
         CheckpointError: a tensor is missing, is not expected, or has the wrong shape, dtype or values; named.
     """
     check_names(pairs, state)
-    dtypes = {}
+    dtypes: dict[torch.dtype, str] = {}
     ours: dict[str, Tensor] = {}
     for pair in pairs:
         tensor = state[pair.theirs]

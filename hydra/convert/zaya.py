@@ -1,8 +1,8 @@
 """ZAYA's attention and `ccgqa` (transformers' models/zaya).
 
-Two things differ. Their keys are multiplied with the raw `temp`, ours with its exponential (as in the paper): we load the
-logarithm, taken in float64. And their norms are floored at the machine epsilon of the dtype, ours at 1e-12: that shows
-only for a head whose query or key is shorter than that, 1e-7 in float32.
+Two things differ. Their keys are multiplied with the raw `temp`, ours with its exponential (as in the paper): we load
+the logarithm, taken in float64. And their norms are floored at the machine epsilon of the dtype, ours at 1e-12: that
+shows only for a head whose query or key is shorter than that, 1e-7 in float32.
 """
 
 from collections.abc import Mapping
@@ -80,8 +80,9 @@ def pair_tensors(spec: CCGQASpec, config: Mapping[str, Any]) -> list[TensorPair]
 def take_logarithm(temp_K: Tensor) -> Tensor:
     """log(temp), in the dtype of temp.
 
-    Where temp lies in [1/e, e] its rounding keeps every value apart, and `take_exponential` gives temp back to the bit;
-    outside of it does so within |log(temp)| + 1 units in the last place.
+    Where temp lies in [1/e, e] rounding keeps all values apart, and `take_exponential` gives temp back to the bit;
+    elsewhere within |log(temp)| + 1 units in the last place. (Logarithms near 0 are finer than what temp can hold:
+    ours, saved and loaded, changes by up to half of temp's last place.)
 
     Raises:
         CheckpointError: a value that is not above 0 or not finite.
@@ -89,9 +90,9 @@ def take_logarithm(temp_K: Tensor) -> Tensor:
     for head, value in enumerate(temp_K.tolist()):
         if not 0 < value < float("inf"):
             raise CheckpointError(
-                f"qk_norm.temp must be finite and above 0 in every head, but got {value} in head {head}; HYDRA's layer "
-                "multiplies keys with exp(temp). An untrained module of transformers holds zeros here, and all its keys "
-                "are zero: load trained weights, or set temp to ones"
+                f"qk_norm.temp must be finite and above 0 in every head, but got {value} in head {head}; load trained "
+                "weights, or set temp to ones. HYDRA's layer multiplies keys with exp(temp), which is never 0; an "
+                "untrained module of transformers holds zeros here, and all its keys are zero"
             )
     return temp_K.double().log().to(temp_K.dtype)
 

@@ -4,6 +4,7 @@ B batch, T new tokens, S tokens so far, D model width, V vocabulary.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -217,7 +218,7 @@ def test_prefill_and_single_tokens_compute_what_theirs_do(case: str, n_prompt: i
     theirs.start_cache()
     cache = ours.new_cache(2, n_tokens)
     bounds = [0, *range(n_prompt, n_tokens + 1)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         expected_BTD = theirs(x_BTD[:, start:stop], positions_of(2, start, stop), n_past=start)
         actual_BTD = ours(x_BTD[:, start:stop], cache=cache)
         assert_same(actual_BTD, expected_BTD, f"tokens {start} to {stop} against their cache")
@@ -315,7 +316,7 @@ def test_a_whole_llama_decodes_as_theirs_does() -> None:
     ours = load_transformers(theirs.config.to_dict(), theirs.state_dict())
     inputs_BT, their_cache, cache = token_ids(24), DynamicCache(config=theirs.config), ours.new_cache(2, 24)
     bounds = [0, *range(7, 25)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         expected_BTV = theirs(inputs_BT[:, start:stop], cache=their_cache, use_cache=True).logits
         actual_BTV = ours(inputs_BT[:, start:stop], cache=cache).logits_BTV
         assert actual_BTV is not None
