@@ -77,18 +77,21 @@ def test_temperatures_between_1_over_e_and_e_come_back_to_the_bit(dtype: torch.d
     assert bool((units_K <= far_K.double().log().abs() + 1).all())
 
 
-def test_rotated_rows_change_places_and_no_others() -> None:
-    """Rows of the query: 2 heads of 3 still and 4 rotated channels. Rows of the latent: 5 still, 4 rotated."""
-    options = {"kv_latent_width": 5, "q_latent_width": 0, "rotary_width": 4, "nope_width": 3, "value_width": 3}
-    layer = build_random_layer("mla", 6, 2, torch.float32, **options)
+@pytest.mark.parametrize("q_latent_width", [0, 5])
+def test_rotated_rows_change_places_and_no_others(q_latent_width: int) -> None:
+    """Rows of the query: 2 heads of 3 still and 6 rotated channels. Rows of the latent: 5 still, 6 rotated."""
+    widths = {"kv_latent_width": 5, "rotary_width": 6, "nope_width": 3, "value_width": 3}
+    layer = build_random_layer("mla", 6, 2, torch.float32, q_latent_width=q_latent_width, **widths)
     config, state = save_attention(layer)
-    state["q_proj.weight"] = torch.arange(14.0)[:, None].repeat(1, 6)
-    state["kv_a_proj_with_mqa.weight"] = torch.arange(9.0)[:, None].repeat(1, 6)
+    theirs, name = ("q_b_proj.weight", "q_up_proj.weight") if q_latent_width else ("q_proj.weight", "q_proj.weight")
+    state[theirs] = torch.arange(18.0)[:, None].repeat(1, q_latent_width or 6)
+    state["kv_a_proj_with_mqa.weight"] = torch.arange(11.0)[:, None].repeat(1, 6)
     ours = load_attention(config, state, 0).state_dict()
-    assert ours["q_proj.weight"][:, 0].tolist() == [0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 12, 11, 13]
-    assert ours["kv_down_proj.weight"][:, 0].tolist() == [0, 1, 2, 3, 4, 5, 7, 6, 8]
+    head = [0, 1, 2, 3, 5, 7, 4, 6, 8]
+    assert ours[name][:, 0].tolist() == head + [9 + row for row in head]
+    assert ours["kv_down_proj.weight"][:, 0].tolist() == [0, 1, 2, 3, 4, 5, 7, 9, 6, 8, 10]
     by_halves = load_attention({**config, "rope_interleave": False}, state, 0).state_dict()
-    assert torch.equal(by_halves["q_proj.weight"], state["q_proj.weight"])
+    assert torch.equal(by_halves[name], state[theirs])
 
 
 def test_the_fused_projection_holds_query_key_and_value_of_one_head_after_the_other() -> None:
