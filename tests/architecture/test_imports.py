@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "hydra.attention": {"hydra.layers", "hydra.kernels", "hydra.errors"},
     "hydra.model": {"hydra.attention", "hydra.routing", "hydra.layers", "hydra.kernels", "hydra.errors"},
     "hydra.compare": {"hydra.errors"},
+    "hydra.convert": {"hydra.model", "hydra.attention", "hydra.errors"},
     "hydra.data": {"hydra.errors"},
     "hydra.optim": {"hydra.errors"},
     "hydra.runtime": {"hydra.errors"},
@@ -121,7 +122,7 @@ def test_every_module_of_a_clean_clone_imports_without_gpu_and_triton(tmp_path: 
     code = (
         "import sys\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        "for absent in ('triton', 'flash_attn'): sys.modules[absent] = None\n"
+        "for absent in ('triton', 'flash_attn', 'transformers'): sys.modules[absent] = None\n"
         "import importlib, warnings, papermill\n"
         "warnings.simplefilter('ignore', DeprecationWarning)\n"
         f"for name in {names!r}:\n"

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -35,17 +38,31 @@ def test_the_lines_that_load_and_sample_a_model(
     assert start_trainer(run_dir).wait(timeout=120) == 0
     moved = tmp_path / "elsewhere"
     run_dir.rename(moved)
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     assert len([line for line in BLOCKS[1].splitlines() if line]) == 5
     program = BLOCKS[1].replace("runs/pretrain", str(moved))
     said = [run_python(program) for _ in range(2)]
     assert len(said[0]) > 50
     assert said[0] == said[1]
     data_dir = json.loads((moved / "config.json").read_text())["data_dir"]
-    more = "".join(BLOCKS[2:]).replace("max_tokens=512", "max_tokens=64").replace("200", "20")
+    more = "".join(BLOCKS[2:4]).replace("max_tokens=512", "max_tokens=64").replace("200", "20")
     said_more = run_python(program + more.replace('Path("data")', f"Path({data_dir!r})"))
     assert re.search(r"^\['.*'\]$|^\[\".*\"\]$", said_more, flags=re.MULTILINE)
     assert re.search(r"[\d.]+ nats, [\d.]+ with 8 bits", said_more)
+
+
+def test_the_lines_that_load_and_save_a_llama(tmp_path: Path) -> None:
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers, a development dependency, is not installed"
+    )
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4)).eval()
+    theirs.save_pretrained(tmp_path / "llama")
+    run_python(BLOCKS[4].replace('"llama', f'"{tmp_path}/llama').replace('"saved', f'"{tmp_path}/saved'))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert type(again) is type(theirs)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_the_house_that_readme_describes_is_the_one_that_stands() -> None:
