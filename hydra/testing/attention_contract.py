@@ -282,7 +282,7 @@ class AttentionContract:
     def test_options_are_checked(self) -> None:
         """Unknown options name the closest known one; values of the wrong type name the field."""
         check_options(self.backend, self.d_model, self.n_heads, self.options)
-        name = min(self.options)
+        name = next(iter(self.options))
         with pytest.raises(ConfigError, match=f"did you mean '{name}'"):
             check_options(self.backend, self.d_model, self.n_heads, {name[:-1]: 1})
         for option, value in self.options.items():
