@@ -11,7 +11,7 @@ from hydra.attention import build_attention
 from hydra.errors import ConfigError
 from hydra.kernels.cca_convolution import cca_convolution
 from hydra.kernels.reference.cca_convolution import cca_convolution as reference
-from hydra.testing.operators import CountedOperators, inside_nan
+from hydra.testing.operators import CountedOperators, between_nan, inside_nan
 from hydra.testing.poison import nan_poisoned_memory  # noqa: F401
 from hydra.testing.specs import document_ids, random_activations
 from hydra.testing.tolerances import assert_close
@@ -34,7 +34,7 @@ def build_inputs(shape: str, n_tokens: int, has_past: bool, dtype: torch.dtype) 
     n_channels, n_before = (n_query_heads + n_kv_heads) * width, n_taps_0 + n_taps_1 - 2
 
     def draw(*sizes: int, seed: int, scale: float = 1.0) -> Tensor:
-        return inside_nan(random_activations(*sizes, dtype=dtype, seed=seed) * scale)
+        return between_nan(random_activations(*sizes, dtype=dtype, seed=seed) * scale)
 
     past = draw(2, n_before, n_channels, seed=1) if has_past else None
     weight_1 = draw(n_channels, width, n_taps_1, seed=4, scale=width**-0.5)

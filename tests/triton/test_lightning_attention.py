@@ -9,7 +9,7 @@ from torch import Tensor
 from hydra.errors import ConfigError
 from hydra.kernels.lightning_attention import lightning_attention
 from hydra.kernels.reference.lightning_attention import lightning_attention as reference
-from hydra.testing.operators import inside_nan
+from hydra.testing.operators import between_nan, inside_nan
 from hydra.testing.poison import nan_poisoned_memory  # noqa: F401
 from hydra.testing.specs import document_ids, random_activations
 from hydra.testing.tolerances import assert_close
@@ -30,8 +30,8 @@ PACKED = {
 def build_inputs(n_tokens: int, n_heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     shape = (2, n_tokens, n_heads, width)
     # As after a division by the root of the width: sums of products are then of the size of one.
-    q, k, v = (inside_nan(random_activations(*shape, dtype=dtype, seed=seed) * width**-0.25) for seed in range(3))
-    return [q, k, v, inside_nan(random_activations(2, n_heads, width, width, dtype=torch.float32, seed=3))]
+    q, k, v = (between_nan(random_activations(*shape, dtype=dtype, seed=seed) * width**-0.25) for seed in range(3))
+    return [q, k, v, between_nan(random_activations(2, n_heads, width, width, dtype=torch.float32, seed=3))]
 
 
 def run(

@@ -114,8 +114,9 @@ def mix_kernel(
 
     One program: BLOCK channels of one chunk of one head. REVERSED: M^T, and the state behind. TRANSPOSED: S^T.
     """
-    chunk = tl.program_id(0)
-    batch, head = (tl.program_id(2) // n_heads).to(tl.int64), tl.program_id(2) % n_heads
+    # Heads and chunks share the one axis of a grid that may be longer than 65,535.
+    chunk, program = tl.program_id(0) % n_chunks, tl.program_id(0) // n_chunks
+    batch, head = (program // n_heads).to(tl.int64), program % n_heads
     start = chunk * CHUNK
     rows = tl.arange(0, CHUNK)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -179,7 +180,7 @@ def _mix(
     n_batch, n_tokens, n_heads, width = a_BTNH.shape
     launch, n_chunks = choose_launch(width, a_BTNH.dtype), states_BNJHH.shape[2]
     out_BTNH = torch.empty_like(a_BTNH)
-    mix_kernel[(n_chunks, triton.cdiv(width, launch.block), n_batch * n_heads)](
+    mix_kernel[(n_batch * n_heads * n_chunks, triton.cdiv(width, launch.block))](
         a_BTNH, b_BTNH, c_BTNH, states_BNJHH, slopes_N, ids_BP, out_BTNH, n_tokens, n_heads, n_chunks,
         REVERSED=reverse, TRANSPOSED=transpose, HAS_DOCUMENTS=ids_BP is not None, WIDTH=width,
         CHUNK=launch.chunk, BLOCK=launch.block, PRECISION=launch.precision, num_warps=4, num_stages=MIX_STAGES,
