@@ -17,6 +17,7 @@ def qk_norm_rope(
     *,
     norm_eps: float | None,
     temp_N: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     kernels: str = "torch",
 ) -> Tensor:
     """rotate(x / sqrt(mean(x**2) + norm_eps) * exp(temp)) over each head.
@@ -27,9 +28,10 @@ def qk_norm_rope(
         norm_eps: added to the mean square; None: x is not normalised. With a tiny one this is the L2 norm of CCA,
             sqrt(H) x / |x| (arXiv 2510.04476, eqs. 9, 10).
         temp_N: logarithm of a factor for each head; None: no factor.
+        dtype: of the result; default that of x.
         kernels: one of hydra.kernels.dispatch.KERNELS.
     Returns:
-        (B, T, N, H) in the dtype of x. torch rounds to it after each of the three; triton once, from float32.
+        (B, T, N, H). torch rounds to the dtype of x after each of the first two steps, triton only at the end.
     Raises:
         ConfigError: kernels=triton cannot take this dtype or width.
     """
@@ -38,21 +40,22 @@ def qk_norm_rope(
             x_BTNH = F.rms_norm(x_BTNH, (x_BTNH.shape[-1],), eps=norm_eps)
         if temp_N is not None:
             x_BTNH = x_BTNH * temp_N.to(x_BTNH.dtype).exp()[:, None]
-        return apply_rotary(x_BTNH, cos_BT1R, sin_BT1R)
+        return apply_rotary(x_BTNH, cos_BT1R, sin_BT1R, dtype)
     from hydra.kernels._triton import qk_norm_rope as triton_kernels
 
-    return triton_kernels.qk_norm_rope(x_BTNH, cos_BT1R, sin_BT1R, norm_eps, temp_N)
+    return triton_kernels.qk_norm_rope(x_BTNH, cos_BT1R, sin_BT1R, norm_eps, temp_N).to(dtype or x_BTNH.dtype)
 
 
-def apply_rotary(x_BTNH: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
+def apply_rotary(x_BTNH: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Rotate the first 2R channels of every head, channel r with channel R + r; the others pass unchanged.
 
-    Computed in the dtype of the angles (float32 or float64) and returned in that of x_BTNH. Norms are preserved.
+    Computed in the dtype of the angles (float32 or float64) and returned in `dtype`, by default that of x_BTNH. Norms
+    are preserved.
     """
     half = cos_BT1R.shape[-1]
     first, second, rest = x_BTNH.split([half, half, x_BTNH.shape[-1] - 2 * half], dim=-1)
     first, second = first.to(cos_BT1R.dtype), second.to(cos_BT1R.dtype)
     # Rounded before they are joined, so that compiled code writes each number once.
     rotated = [first * cos_BT1R - second * sin_BT1R, second * cos_BT1R + first * sin_BT1R]
-    parts = [part.to(x_BTNH.dtype) for part in rotated]
-    return torch.cat(parts if rest.shape[-1] == 0 else [*parts, rest], dim=-1)
+    parts = [part.to(dtype or x_BTNH.dtype) for part in (rotated if rest.shape[-1] == 0 else [*rotated, rest])]
+    return torch.cat(parts, dim=-1)

@@ -69,20 +69,22 @@ class CompressedConvolutionalAttention(AttentionBackend):
         q_BTNH, k_BTKH = self.mix_queries_keys(x_BTD, context, cache)
         v_BTKH = self.compute_values(x_BTD, context, cache)
         assert context.rotary is not None
-        q_BNTH = self.normalise(q_BTNH, context.rotary, None).to(v_BTKH.dtype).transpose(1, 2)
-        k_BKSH = self.normalise(k_BTKH, context.rotary, self.temp).to(v_BTKH.dtype).transpose(1, 2)
+        q_BNTH = self.normalise(q_BTNH, context.rotary, None, v_BTKH.dtype).transpose(1, 2)
+        k_BKSH = self.normalise(k_BTKH, context.rotary, self.temp, v_BTKH.dtype).transpose(1, 2)
         v_BKSH = v_BTKH.transpose(1, 2)
         if cache is not None:
             k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH, context.n_past)
         out_BNTH = softmax_attention(q_BNTH, k_BKSH, v_BKSH, context)
         return self.o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
-    def normalise(self, x_BTMH: Tensor, rotary: tuple[Tensor, Tensor], temp_M: Tensor | None) -> Tensor:
-        """sqrt(H) x / |x| over each head, times exp(temp) (eqs. 9, 10), rotated; computed in float32 at least."""
+    def normalise(
+        self, x_BTMH: Tensor, rotary: tuple[Tensor, Tensor], temp_M: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """sqrt(H) x / |x| over each head, times exp(temp) (eqs. 9, 10), rotated; in float32 at least, then rounded."""
         # torch's operators round to the dtype of what they get after each step, Triton's kernel only at its end.
         if self.kernels == "torch":
             x_BTMH = x_BTMH.to(torch.promote_types(x_BTMH.dtype, torch.float32))
-        return qk_norm_rope(x_BTMH, *rotary, norm_eps=NORM_EPS, temp_N=temp_M, kernels=self.kernels)
+        return qk_norm_rope(x_BTMH, *rotary, norm_eps=NORM_EPS, temp_N=temp_M, dtype=dtype, kernels=self.kernels)
 
     def mix_queries_keys(
         self, x_BTD: Tensor, context: AttentionContext, cache: CCGQACache | None

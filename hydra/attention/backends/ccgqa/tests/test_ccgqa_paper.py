@@ -33,7 +33,11 @@ def queries_and_keys(layer: CompressedConvolutionalAttention, x_BTD: Tensor) -> 
     """Queries and keys before the rotary embedding, (B, T, heads, H)."""
     q_BTNH, k_BTKH = layer.mix_queries_keys(x_BTD, build_context(x_BTD), None)
     no_rotation = compute_rotary(torch.zeros(1, x_BTD.shape[1], dtype=torch.int64), 2, 10_000.0, x_BTD.dtype)
-    return layer.normalise(q_BTNH, no_rotation, None), layer.normalise(k_BTKH, no_rotation, layer.temp)
+    dtype = torch.promote_types(q_BTNH.dtype, torch.float32)
+    return (
+        layer.normalise(q_BTNH, no_rotation, None, dtype),
+        layer.normalise(k_BTKH, no_rotation, layer.temp, dtype),
+    )
 
 
 def values(layer: CompressedConvolutionalAttention, x_BTD: Tensor) -> Tensor:
