@@ -44,8 +44,8 @@ SECTIONS: dict[str, tuple[Callable[[], str], float]] = {
     "Models": (_in("numerics", "check_models"), 90),
     "Offsets beyond 32 bits": (_in("numerics", "check_large_offsets"), 60),
     "Speed of operators": (_in("speed", "time_operators"), 90),
-    "Speed of attention": (_in("speed", "time_attention"), 60),
+    "Speed of attention": (_in("speed", "time_attention"), 90),
     "Kill and resume": (_in("resume", "kill_and_resume"), 150),
-    "Speed of training": (_in("speed", "time_training_step"), 120),
+    "Speed of training": (_in("speed", "time_training_step"), 180),
 }
 """What computes each section, and the seconds it may take."""
