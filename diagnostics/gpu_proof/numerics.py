@@ -9,12 +9,17 @@ from torch import Tensor
 from diagnostics.gpu_proof.operators import MAKERS, Problem
 from diagnostics.gpu_proof.text import as_table, attempt, say
 from hydra.attention import available_backends
+from hydra.attention.core import check_kernel, softmax_attention
+from hydra.attention.masks import build_context, interval_mask, to_additive
+from hydra.errors import ConfigError
 from hydra.kernels.dispatch import KERNELS
+from hydra.kernels.reference.blocked_attention import blocked_attention as reference_attention
 from hydra.kernels.rms_norm import rms_norm
 from hydra.kernels.squared_relu import squared_relu
 from hydra.model.framework import Execution, ModelSpec, build_model
 from hydra.testing.operators import check_operator, inside_nan
-from hydra.testing.specs import randomise, tiny_model_spec
+from hydra.testing.specs import document_ids, random_activations, randomise, tiny_model_spec
+from hydra.testing.tolerances import MAX_RELATIVE_ERROR, relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,6 +52,50 @@ def _same_bits_twice(fast: Callable[..., Tensor], inputs: list[Tensor]) -> bool:
         return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
     return all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
+
+
+def check_attention_kernels() -> str:
+    """Softmax attention by every kernel that can train here, with documents and windows, against float64."""
+    rows = []
+    for kernel in ("scaled_dot_product", "flex", "flash"):
+        for hidden in ("nothing", "documents", "window", "documents and window"):
+            cells = attempt(partial(_check_attention, kernel, hidden), 2)
+            rows.append((kernel, hidden, *cells))
+            say(" ".join(rows[-1]))
+    note = (
+        "bfloat16, 8 query and 2 key heads, 300 tokens; flex compiled. Frobenius norms of errors and of what is right."
+    )
+    return note + "\n\n" + as_table(("kernel", "hidden by", "verdict", "relative errors"), rows)
+
+
+def _check_attention(kernel: str, hidden: str) -> list[str]:
+    try:
+        check_kernel(kernel, "cuda", torch.bfloat16, 64)
+    except ConfigError as error:
+        return ["skipped", str(error)]
+    torch.compiler.reset()
+    ids_BT = document_ids(120, 1, 179).expand(2, -1).cuda() if "documents" in hidden else None
+    tokens_BT1 = torch.empty(2, 300, 1, device="cuda")
+    context = build_context(tokens_BT1, document_ids_BT=ids_BT, kernel=kernel)
+    context = context.specialise(torch.bfloat16, window=70 if "window" in hidden else None)
+    q, k, v, weight = (
+        random_activations(2, n, 300, 64, dtype=torch.bfloat16, seed=seed).cuda() for seed, n in enumerate((8, 2, 2, 8))
+    )
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    attend = torch.compile(softmax_attention, dynamic=False) if kernel == "flex" else softmax_attention
+    out = attend(*inputs, context)
+    first_BT = context.first_visible_BT
+    first_BT = torch.zeros(1, 300, dtype=torch.int64, device="cuda") if first_BT is None else first_BT
+    mask_B1TS = to_additive(interval_mask(first_BT, 0), torch.float64)[:, None]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = reference_attention(exact[0].unflatten(1, (2, 4)), exact[1], exact[2], mask_B1TS).flatten(1, 2)
+    pairs = {"output": (out, expected)}
+    grads, expected_grads = (torch.autograd.grad((x * weight).sum(), y) for x, y in ((out, inputs), (expected, exact)))
+    pairs |= {name: pair for name, *pair in zip("qkv", grads, expected_grads, strict=True)}
+    errors = {name: relative_error(*pair, torch.bfloat16) for name, pair in pairs.items()}
+    is_well = all(error <= MAX_RELATIVE_ERROR[torch.bfloat16] for error in errors.values())
+    told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    return ["ok" if is_well else "**FAILED**", told]
 
 
 def check_models() -> str:

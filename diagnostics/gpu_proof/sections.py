@@ -41,6 +41,7 @@ def _in(module: str, name: str) -> Callable[[], str]:
 SECTIONS: dict[str, tuple[Callable[[], str], float]] = {
     "Machine": (describe_machine, 30),
     "Numerics": (_in("numerics", "check_numerics"), 90),
+    "Softmax attention": (_in("numerics", "check_attention_kernels"), 90),
     "Models": (_in("numerics", "check_models"), 90),
     "Offsets beyond 32 bits": (_in("numerics", "check_large_offsets"), 60),
     "Speed of operators": (_in("speed", "time_operators"), 90),
