@@ -9,7 +9,7 @@ from torch import Tensor
 from hydra.attention.base import AttentionBackend
 from hydra.attention.registry import load_layer_class, load_spec_class
 from hydra.attention.spec import check_int
-from hydra.convert.config import check_model_type, read_field
+from hydra.convert.config import check_model_type, read_size
 from hydra.convert.deepseek import DEEPSEEK_V3
 from hydra.convert.formats import AttentionFormat
 from hydra.convert.llama import LLAMA
@@ -37,7 +37,7 @@ def load_attention(config: Mapping[str, Any], state: Mapping[str, Tensor], layer
         CheckpointError: a tensor is missing, unexpected, or of the wrong shape, dtype or values, named.
     """
     form = FORMATS[check_model_type(config, list(FORMATS), "load_attention")]
-    n_layers = read_field(config, "num_hidden_layers")
+    n_layers = read_size(config, "num_hidden_layers")
     check_int("layer_index", layer_index, minimum=0)
     if layer_index >= n_layers:
         raise ConfigError(

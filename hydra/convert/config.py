@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.attention.spec import check_int
 from hydra.errors import ConfigError
 
 DEFAULT_ROPE_BASE = 10000.0
@@ -26,6 +27,13 @@ def read_field(config: Mapping[str, Any], name: str) -> Any:
     if config.get(name) is None:
         raise ConfigError(f"{name} must be in the config, but got none; pass the whole config of the model")
     return config[name]
+
+
+def read_size(config: Mapping[str, Any], name: str) -> int:
+    """The value of a field that must be there and be a whole number of at least 1."""
+    value = read_field(config, name)
+    check_int(name, value)
+    return int(value)
 
 
 def read_optional(config: Mapping[str, Any], name: str, otherwise: Any) -> Any:
@@ -56,7 +64,7 @@ def check_model_type(config: Mapping[str, Any], known: list[str], what: str) -> 
 
 def check_heads_fill_width(config: Mapping[str, Any], head_width: int, n_heads: int) -> None:
     """Raise ConfigError unless all heads together are as wide as the model."""
-    d_model = read_field(config, "hidden_size")
+    d_model = read_size(config, "hidden_size")
     if head_width * n_heads != d_model:
         raise ConfigError(
             "head_dim must be hidden_size / num_attention_heads, but got "
@@ -67,14 +75,15 @@ def check_heads_fill_width(config: Mapping[str, Any], head_width: int, n_heads: 
 
 def read_head_width(config: Mapping[str, Any]) -> int:
     """head_dim, or hidden_size / num_attention_heads where it is not given."""
-    n_heads: int = read_field(config, "num_attention_heads")
-    return int(read_optional(config, "head_dim", read_field(config, "hidden_size") // n_heads))
+    if config.get("head_dim") is not None:
+        return read_size(config, "head_dim")
+    return read_size(config, "hidden_size") // read_size(config, "num_attention_heads")
 
 
 def read_layer_type(config: Mapping[str, Any], layer_index: int, supported: str) -> None:
     """Raise ConfigError unless layer_types says `supported` for this layer."""
     layer_types = read_field(config, "layer_types")
-    if len(layer_types) != read_field(config, "num_hidden_layers"):
+    if len(layer_types) != read_size(config, "num_hidden_layers"):
         raise ConfigError(
             f"layer_types must have num_hidden_layers={config['num_hidden_layers']} entries, "
             f"but got {len(layer_types)}; correct the config"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hydra.attention.backends.mla.spec import MLASpec
-from hydra.convert.config import check_fixed, read_field, read_full_rope_base, read_optional
+from hydra.convert.config import check_fixed, read_field, read_full_rope_base, read_optional, read_size
 from hydra.convert.formats import AttentionFormat, LayerShape, write_common_config
 from hydra.convert.tensors import TensorPair, changed_tensor, same_tensor
 from hydra.errors import ConfigError
@@ -23,7 +23,7 @@ from hydra.errors import ConfigError
 
 def read_shape(config: Mapping[str, Any], layer_index: int) -> LayerShape:
     """See AttentionFormat.read_shape."""
-    n_heads, rotary_width = read_field(config, "num_attention_heads"), read_field(config, "qk_rope_head_dim")
+    n_heads, rotary_width = read_size(config, "num_attention_heads"), read_field(config, "qk_rope_head_dim")
     check_fixed(config, attention_bias=False, attention_dropout=0.0, num_key_value_heads=n_heads, head_dim=rotary_width)
     check_rotates("qk_rope_head_dim", rotary_width)
     options = {
@@ -34,7 +34,7 @@ def read_shape(config: Mapping[str, Any], layer_index: int) -> LayerShape:
         "value_width": read_field(config, "v_head_dim"),
         "rope_base": read_full_rope_base(config),
     }
-    return LayerShape(read_field(config, "hidden_size"), n_heads, options)
+    return LayerShape(read_size(config, "hidden_size"), n_heads, options)
 
 
 def write_config(spec: MLASpec) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from hydra.attention.backends.gqa.spec import GQASpec
 from hydra.convert.config import (
     check_fixed,
     check_heads_fill_width,
-    read_field,
     read_full_rope_base,
     read_head_width,
     read_optional,
+    read_size,
 )
 from hydra.convert.formats import AttentionFormat, LayerShape, write_common_config
 from hydra.convert.tensors import TensorPair, same_tensor
@@ -20,7 +20,7 @@ from hydra.errors import ConfigError
 def read_shape(config: Mapping[str, Any], layer_index: int) -> LayerShape:
     """See AttentionFormat.read_shape."""
     check_fixed(config, attention_bias=False, attention_dropout=0.0)
-    n_heads = read_field(config, "num_attention_heads")
+    n_heads = read_size(config, "num_attention_heads")
     check_heads_fill_width(config, read_head_width(config), n_heads)
     options = {
         "n_kv_heads": read_optional(config, "num_key_value_heads", n_heads),
@@ -28,7 +28,7 @@ def read_shape(config: Mapping[str, Any], layer_index: int) -> LayerShape:
         "qk_norm": False,
         "window": 0,
     }
-    return LayerShape(read_field(config, "hidden_size"), n_heads, options)
+    return LayerShape(read_size(config, "hidden_size"), n_heads, options)
 
 
 def write_config(spec: GQASpec) -> dict[str, Any]:

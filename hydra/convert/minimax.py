@@ -17,10 +17,10 @@ from hydra.attention.backends.lightning.spec import LightningSpec
 from hydra.convert.config import (
     check_fixed,
     check_heads_fill_width,
-    read_field,
     read_head_width,
     read_layer_type,
     read_optional,
+    read_size,
 )
 from hydra.convert.formats import AttentionFormat, LayerShape, write_common_config
 from hydra.convert.tensors import TensorPair, derived_tensor, same_tensor
@@ -35,9 +35,9 @@ def read_shape(config: Mapping[str, Any], layer_index: int) -> LayerShape:
     """See AttentionFormat.read_shape."""
     read_layer_type(config, layer_index, LAYER_TYPE)
     check_fixed(config, hidden_act="silu")
-    n_heads = read_field(config, "num_attention_heads")
+    n_heads = read_size(config, "num_attention_heads")
     check_heads_fill_width(config, read_head_width(config), n_heads)
-    return LayerShape(read_field(config, "hidden_size"), n_heads, {"gate_rank": 0})
+    return LayerShape(read_size(config, "hidden_size"), n_heads, {"gate_rank": 0})
 
 
 def write_config(spec: LightningSpec) -> dict[str, Any]:

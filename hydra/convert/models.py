@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydra.convert.config import check_fixed, check_model_type, read_field, read_optional
+from hydra.convert.config import check_fixed, check_model_type, read_field, read_optional, read_size
 from hydra.convert.llama import LLAMA
 from hydra.convert.tensors import TensorPair, same_tensor, to_ours, to_theirs, with_prefixes
 from hydra.errors import CheckpointError, ConfigError
@@ -32,7 +32,7 @@ def load_transformers(config: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     spec = ModelSpec(
         vocab_size=read_field(config, "vocab_size"),
         d_model=shape.d_model,
-        n_layers=read_field(config, "num_hidden_layers"),
+        n_layers=read_size(config, "num_hidden_layers"),
         n_heads=shape.n_heads,
         attention=LLAMA.backend,
         attention_options=shape.options,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hydra.attention.backends.ccgqa.spec import CCGQASpec
-from hydra.convert.config import check_fixed, read_field, read_layer_type, read_rope
+from hydra.convert.config import check_fixed, read_field, read_layer_type, read_rope, read_size
 from hydra.convert.formats import AttentionFormat, LayerShape, write_common_config
 from hydra.convert.tensors import TensorPair, changed_tensor, same_tensor
 from hydra.errors import CheckpointError, ConfigError
@@ -24,7 +24,7 @@ def read_shape(config: Mapping[str, Any], layer_index: int) -> LayerShape:
     """See AttentionFormat.read_shape. The heads of the multi-head reference are hidden_size / head_dim."""
     read_layer_type(config, layer_index, LAYER_TYPE)
     check_fixed(config, attention_bias=False, attention_dropout=0.0)
-    d_model, head_width = read_field(config, "hidden_size"), read_field(config, "head_dim")
+    d_model, head_width = read_size(config, "hidden_size"), read_size(config, "head_dim")
     if d_model % head_width:
         raise ConfigError(
             f"head_dim must divide hidden_size, but got head_dim={head_width} and hidden_size={d_model}; "
@@ -32,7 +32,7 @@ def read_shape(config: Mapping[str, Any], layer_index: int) -> LayerShape:
         )
     rope = read_rope(config, LAYER_TYPE)
     options = {
-        "n_query_heads": read_field(config, "num_attention_heads"),
+        "n_query_heads": read_size(config, "num_attention_heads"),
         "n_kv_heads": read_field(config, "num_key_value_heads"),
         "conv_kernel_0": read_field(config, "cca_time0"),
         "conv_kernel_1": read_field(config, "cca_time1"),
