@@ -327,7 +327,11 @@ class TrainingConfig:
             from hydra.kernels import dispatch
 
             if self.kernels == "auto":
-                return dispatch.choose_kernels(device)
+                return dispatch.choose_kernels(
+                    device,
+                    is_compiled=self.compile_from_step is not None,
+                    has_linear_attention="lightning" in self.attention,
+                )
             dispatch.check_kernels(self.kernels, device)
             return self.kernels, "asked for"
 

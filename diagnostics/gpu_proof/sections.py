@@ -44,7 +44,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], float]] = {
     "Softmax attention": (_in("numerics", "check_attention_kernels"), 90),
     "Models": (_in("numerics", "check_models"), 90),
     "Offsets beyond 32 bits": (_in("numerics", "check_large_offsets"), 60),
-    "Speed of operators": (_in("speed", "time_operators"), 90),
+    "Speed of operators": (_in("speed", "time_operators"), 150),
     "Speed of attention": (_in("speed", "time_attention"), 90),
     "Kill and resume": (_in("resume", "kill_and_resume"), 150),
     "Speed of training": (_in("speed", "time_training_step"), 180),

@@ -85,8 +85,17 @@ def test_a_compiled_model_stays_in_one_graph_for_each_region() -> None:
 
 
 def test_auto_is_for_gpus() -> None:
-    assert choose_kernels("cpu")[0] == "torch"
-    assert choose_kernels("cuda")[0] == "triton"
+    for is_compiled, has_linear_attention, expected in (
+        (False, False, "triton"),
+        (False, True, "triton"),
+        (True, False, "torch"),
+        (True, True, "triton"),
+    ):
+        chosen = {
+            device: choose_kernels(device, is_compiled=is_compiled, has_linear_attention=has_linear_attention)[0]
+            for device in ("cpu", "cuda")
+        }
+        assert chosen == {"cpu": "torch", "cuda": expected}
 
 
 def test_an_unknown_implementation_is_named() -> None:
