@@ -68,12 +68,12 @@ def record_code(names: Iterable[str], known: Records, root: Path) -> dict[str, d
     """
     records: dict[str, dict[str, Any]] = {}
     for path, class_name in filter(None, map(split_name, names)):
-        if class_name in known.get(path, {}).get("options", {}):
-            records[path] = dict(known[path])
-            continue
-        sha256, options = read_code(root / path, class_name)
-        others = records[path]["options"] if path in records else {}
-        records[path] = {"sha256": sha256, "options": {**others, class_name: options}}
+        there = records.get(path) or dict(known.get(path, {}))
+        if class_name not in there.get("options", {}):
+            sha256, options = read_code(root / path, class_name)
+            others = there["options"] if there.get("sha256") == sha256 else {}
+            there = {"sha256": sha256, "options": {**others, class_name: options}}
+        records[path] = there
     files: dict[str, str] = {}
     for path, record in records.items():
         if files.setdefault(Path(path).name, record["sha256"]) != record["sha256"]:

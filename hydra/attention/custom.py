@@ -5,7 +5,7 @@ B batch, T new tokens, S tokens so far, D model width.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -122,7 +122,12 @@ def refuse_hidden_tensors(custom: nn.Module, name: str) -> None:
 @functools.lru_cache(maxsize=256)
 def fit_flops(spec: CustomSpec) -> tuple[float, float]:
     """Coefficients a, b of a n + b n^2 for the layer's forward pass; see fit_quadratic."""
-    return fit_quadratic({n_tokens: count_flops(spec, n_tokens) for n_tokens in MEASURED_LENGTHS})
+
+    def build() -> nn.Module:
+        custom: nn.Module = load_class(spec.name, spec.sha256)(spec)
+        return custom
+
+    return fit_quadratic({n_tokens: count_flops(build, spec.d_model, n_tokens) for n_tokens in MEASURED_LENGTHS})
 
 
 def fit_quadratic(counts: Mapping[int, int]) -> tuple[float, float]:
@@ -135,7 +140,7 @@ def fit_quadratic(counts: Mapping[int, int]) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def count_flops(spec: CustomSpec, n_tokens: int) -> int:
+def count_flops(build: Callable[[], Callable[..., Tensor]], d_model: int, n_tokens: int) -> int:
     """Floating-point operations of one row of n_tokens tokens, as FlopCounterMode counts them, 2 per multiply-add.
 
     Counted on tensors without memory, and past whoever watches this process's operators, such as a memory plan.
@@ -143,9 +148,9 @@ def count_flops(spec: CustomSpec, n_tokens: int) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # takes a while to import
 
     with _disable_current_modes(), torch.device("meta"):
-        custom = load_class(spec.name, spec.sha256)(spec)
-        x_BTD = torch.empty(1, n_tokens, spec.d_model)
+        layer = build()
+        x_BTD = torch.empty(1, n_tokens, d_model)
         positions_BT = torch.arange(n_tokens)[None]
         with FlopCounterMode(display=False) as counter:
-            custom(x_BTD, positions_BT, torch.zeros_like(positions_BT))
+            layer(x_BTD, positions_BT, torch.zeros_like(positions_BT))
     return int(counter.get_total_flops())

@@ -114,8 +114,8 @@ def parse_plan(attention: str) -> list[tuple[str, dict[str, Any]]]:
         if entry is None or count < 1:
             raise ConfigError(
                 f"attention must be a backend or a plan such as '3*ccgqa, gqa' or '3*gqa(window=256), gqa', but got "
-                f"{text.strip()!r} in {attention!r}; the backends are {', '.join(available_backends())}; a class of your "
-                "own is path/to/file.py:Class (no spaces in it)"
+                f"{text.strip()!r} in {attention!r}; the backends are {', '.join(available_backends())}; a class of "
+                "your own is path/to/file.py:Class (no spaces in it)"
             )
         layers += [(entry["name"], _parse_options(entry["options"] or "", attention))] * count
     return layers
