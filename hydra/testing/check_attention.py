@@ -3,10 +3,11 @@
 `python -m hydra.testing.check_attention path/to/my_attention.py:MyAttention` prints it; status 0 if all holds.
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def check_attention(
         rows.append((name, text if not found else "FAILS: " + "; ".join(map(str, found[:2]))))
         findings.extend(found)
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         _refuse_unbuildable(subject)
         for name, check in PROPERTIES:
             note(name, _safely(check, subject))
@@ -93,6 +94,17 @@ def check_attention(
         rows.append(("cache", costs.describe_cache(subject)))
         rows.append(("order and positions", _describe_order(subject)))
     return AttentionCard(subject.name, tuple(rows), tuple(findings), time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers are so small here that threads would wait for each other most of the time."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _find(attention: type | str) -> type | str:

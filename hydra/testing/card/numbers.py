@@ -17,9 +17,11 @@ MAX_BFLOAT16_RATIO = 8.0
 PRECISION_LENGTHS = (1, 2, 17, 129, 513)
 LARGE_INPUT = 16.0
 """Inputs of this deviation make scores of some hundreds, whose exponential no format holds."""
-MAX_SIZE_RATIO = 2.0
-"""How many times as large outputs may be when heads are wider or more, with inputs and weights of equal deviation."""
-WIDTHS = {"n_heads=2, d_model=32": (32, 2), "n_heads=2, d_model=256": (256, 2), "n_heads=16, d_model=256": (256, 16)}
+BASE_WIDTHS = (32, 2)
+MAX_SIZE_RATIOS = {(256, 2): 2.0, (256, 16): 3.5}
+"""How many times as large outputs may be at another d_model and n_heads, with inputs and weights of equal deviation:
+heads eight times as wide, and eight times as many, among which a layer may share out its work otherwise."""
+DEVIATIONS = (0.5, 1.0, 2.0, 4.0)
 N_SIZE_TOKENS = 256
 
 
@@ -106,28 +108,36 @@ def check_scale(subject: Subject) -> tuple[list[Finding], str]:
     Inputs and weights keep their deviation, so that a score q k / sqrt(H) does. One that is divided by another power
     of H, or by none, weighs keys more sharply or more evenly in wide heads, and averages have another size.
     """
-    sizes: dict[float, dict[str, float]] = {}
     try:
-        layers = {name: subject.resized(*widths).build_random(torch.float32) for name, widths in WIDTHS.items()}
-        for deviation in (0.5, 1.0, 2.0, 4.0):
-            sizes[deviation] = {
-                name: size_of(subject.resized(*WIDTHS[name]), layer, N_SIZE_TOKENS, deviation)
-                for name, layer in layers.items()
-            }
-        longer = [size_of(subject.resized(32, 2), layers["n_heads=2, d_model=32"], n, 1.0) for n in (16, 128, 1024)]
+        ratios = [
+            (size_ratio(subject, widths, N_SIZE_TOKENS, deviation), widths, deviation)
+            for widths in MAX_SIZE_RATIOS
+            for deviation in DEVIATIONS
+        ]
+        base = subject.resized(*BASE_WIDTHS)
+        layer = base.build_random(torch.float32)
+        longer = [(size_of(base, layer, n_tokens, 1.0), n_tokens) for n_tokens in (16, 128, 1024)]
     except MISTAKES as error:
         return [Finding("scale", describe(error))], "does not run"
-    row = ", ".join(f"{size:.3f} at T = {n}" for size, n in zip(longer, (16, 128, 1024), strict=True))
-    for deviation, by_width in sizes.items():
-        smallest, largest = (choose(by_width, key=lambda name: by_width[name]) for choose in (min, max))
-        ratio = by_width[largest] / max(by_width[smallest], 1e-30)
-        if not ratio <= MAX_SIZE_RATIO:
+    row = ", ".join(f"{size:.3f} at T = {n_tokens}" for size, n_tokens in longer)
+    for ratio, widths, deviation in ratios:
+        if not ratio <= MAX_SIZE_RATIOS[widths]:
             what = (
-                f"outputs of inputs of deviation {deviation:g} are {ratio:.1f} times as large at {largest} as at "
-                f"{smallest}: scores are not divided by the root of what they sum over"
+                f"outputs of inputs of deviation {deviation:g} change {ratio:.1f}-fold from (d_model, n_heads) = "
+                f"{BASE_WIDTHS} to {widths}; scores must be divided by the root of what they sum over"
             )
-            return [Finding("scale", what, smallest_scale_t(subject, deviation))], row
-    return [], row
+            n_tokens = 2
+            while n_tokens < N_SIZE_TOKENS and size_ratio(subject, widths, n_tokens, deviation) <= ratio / 2:
+                n_tokens += n_tokens
+            return [Finding("scale", what, n_tokens)], row
+    return [], f"{row}; {', '.join(f'{ratio:.2f}' for ratio, _, _ in ratios)} by width"
+
+
+def size_ratio(subject: Subject, widths: tuple[int, int], n_tokens: int, deviation: float) -> float:
+    """How many times as large outputs are at one width as at the other, whichever is larger."""
+    sized = [subject.resized(*BASE_WIDTHS), subject.resized(*widths)]
+    sizes = [size_of(one, one.build_random(torch.float32), n_tokens, deviation) for one in sized]
+    return max(sizes) / max(min(sizes), 1e-30)
 
 
 def size_of(subject: Subject, layer: nn.Module, n_tokens: int, deviation: float) -> float:
@@ -135,15 +145,3 @@ def size_of(subject: Subject, layer: nn.Module, n_tokens: int, deviation: float)
     with torch.no_grad():
         out_BTD = run_layer(layer, subject.inputs(2, n_tokens, torch.float32) * deviation)
     return float(out_BTD[:, n_tokens // 2 :].square().mean().sqrt()) / deviation
-
-
-def smallest_scale_t(subject: Subject, deviation: float) -> int:
-    """The shortest of 2, 4, 8, ... tokens on which sizes differ by MAX_SIZE_RATIO."""
-    layers = {widths: subject.resized(*widths).build_random(torch.float32) for widths in WIDTHS.values()}
-    n_tokens = 2
-    while n_tokens < N_SIZE_TOKENS:
-        sizes = [size_of(subject.resized(*widths), layer, n_tokens, deviation) for widths, layer in layers.items()]
-        if max(sizes) > MAX_SIZE_RATIO * min(sizes):
-            return n_tokens
-        n_tokens *= 2
-    return N_SIZE_TOKENS

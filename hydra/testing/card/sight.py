@@ -3,6 +3,8 @@
 B batch, T tokens, D model width.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -65,41 +67,53 @@ def check_prefixes(subject: Subject) -> list[Finding]:
 def check_documents(subject: Subject) -> list[Finding]:
     """Packed documents do not reach each other, and each gives what it gives alone at the same positions."""
 
-    def splits(n_tokens: int) -> list[int]:
-        return sorted({1, n_tokens // 2, n_tokens - 1})
-
     def perturbed(n_tokens: int) -> str | None:
         x_BTD = subject.inputs(1, n_tokens)
-        for n_first in splits(n_tokens):
-            ids_BT = document_ids(n_first, n_tokens - n_first)
-            out_BTD = subject.run(x_BTD, ids_BT)
-            for document, begins, ends in ((0, 0, n_first), (1, n_first, n_tokens)):
-                changed_BTD = x_BTD.clone()
-                changed_BTD[:, begins:ends] += 1.0 + subject.inputs(1, ends - begins, seed=1)
-                changed_out_BTD = subject.run(changed_BTD, ids_BT)
-                is_other_T = torch.ones(n_tokens, dtype=torch.bool)
-                is_other_T[begins:ends] = False
-                if differs(changed_out_BTD[:, is_other_T], out_BTD[:, is_other_T]):
-                    return f"documents of {n_first} and {n_tokens - n_first} tokens: one changes with number {document}"
+        for lengths in splits(n_tokens):
+            for ids_BT in (document_ids(*lengths), -document_ids(*lengths)):
+                out_BTD = subject.run(x_BTD, ids_BT)
+                for document, (begins, ends) in enumerate(bounds(lengths)):
+                    changed_BTD = x_BTD.clone()
+                    changed_BTD[:, begins:ends] += 1.0 + subject.inputs(1, ends - begins, seed=1)
+                    changed_BTD = subject.run(changed_BTD, ids_BT)
+                    is_other_T = torch.ones(n_tokens, dtype=torch.bool)
+                    is_other_T[begins:ends] = False
+                    if differs(changed_BTD[:, is_other_T], out_BTD[:, is_other_T]):
+                        return f"of documents of {said(lengths)} tokens, another changes with number {document}"
         return None
 
     def alone(n_tokens: int) -> str | None:
         x_BTD = subject.inputs(1, n_tokens)
-        for n_first in splits(n_tokens):
-            out_BTD = subject.run(x_BTD, document_ids(n_first, n_tokens - n_first))
-            for begins, ends in ((0, n_first), (n_first, n_tokens)):
+        for lengths in splits(n_tokens):
+            out_BTD = subject.run(x_BTD, document_ids(*lengths))
+            for begins, ends in bounds(lengths):
                 if ends - begins in subject.broken:
                     continue
                 alone_BTD = subject.run(x_BTD[:, begins:ends], positions_BT=torch.arange(begins, ends)[None])
                 if differs(out_BTD[:, begins:ends], alone_BTD):
-                    return (
-                        f"the document of tokens {begins} to {ends - 1} is another than alone at the same positions"
-                    )
+                    return f"the document of tokens {begins} to {ends - 1} is another than alone at the same positions"
         return None
 
     with torch.no_grad():
         leaks = find_smallest(subject, "documents", perturbed, minimum=2)
         return leaks or find_smallest(subject, "positions", alone, minimum=2)
+
+
+def splits(n_tokens: int) -> list[tuple[int, ...]]:
+    """Lengths of documents that a row is packed with."""
+    in_two = {(n_first, n_tokens - n_first) for n_first in (1, n_tokens // 2, n_tokens - 1)}
+    return [*sorted(in_two), *([(1, n_tokens - 2, 1)] if n_tokens > 2 else [])]
+
+
+def bounds(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Where each document begins and ends."""
+    ends = list(itertools.accumulate(lengths))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def said(lengths: tuple[int, ...]) -> str:
+    """Lengths in words."""
+    return f"{', '.join(map(str, lengths[:-1]))} and {lengths[-1]}"
 
 
 def check_padding(subject: Subject) -> list[Finding]:

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 
 class SigmoidAttention(nn.Module):
-    """sum over s of sigmoid(q k_s / sqrt(H) - log n) v_s, where n is how many tokens a query sees."""
+    """out_t = sum over s of sigmoid(q_t k_s / sqrt(H) - slope (p_t - p_s) - log n_t) v_s, p being positions.
+
+    n_t is how many tokens the query sees: the paper's bias, which is the log of the whole length, would let an output
+    depend on tokens that come later. Slopes are those of ALiBi (Press et al., arXiv 2108.12409), one for each head.
+    """
 
     def __init__(self, spec) -> None:
         super().__init__()
@@ -20,13 +24,15 @@ class SigmoidAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        qkv_B3NTH = self.qkv_proj(x_BTD).unflatten(-1, (3, self.n_heads, self.head_width)).permute(0, 2, 3, 1, 4)
-        q_BNTH, k_BNSH, v_BNSH = qkv_B3NTH.unbind(1)
         n_tokens = x_BTD.shape[1]
+        qkv_3BNTH = self.qkv_proj(x_BTD).unflatten(-1, (3, self.n_heads, self.head_width)).permute(2, 0, 3, 1, 4)
+        q_BNTH, k_BNSH, v_BNSH = qkv_3BNTH.unbind()
         is_past_TS = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=x_BTD.device).tril()
-        is_visible_B1TS = (is_past_TS & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :]))[:, None]
-        # The published bias is -log(n) of the whole sequence; counted for each query, it does not depend on the length.
-        bias_B1T1 = is_visible_B1TS.sum(-1, keepdim=True).to(x_BTD.dtype).log()
-        scores_BNTS = q_BNTH @ k_BNSH.mT / math.sqrt(self.head_width) - bias_B1T1
-        weights_BNTS = scores_BNTS.sigmoid() * is_visible_B1TS
+        is_visible_BTS = is_past_TS & (document_ids_BT[:, :, None] == document_ids_BT[:, None, :])
+        n_visible_BT1 = is_visible_BTS.sum(-1, keepdim=True)
+        slopes_N11 = 2.0 ** (-8 / self.n_heads * torch.arange(1, self.n_heads + 1, device=x_BTD.device))[:, None, None]
+        distances_BTS = positions_BT[:, :, None] - positions_BT[:, None, :]
+        bias_BNTS = -slopes_N11 * distances_BTS[:, None] - n_visible_BT1[:, None].log()
+        scores_BNTS = q_BNTH @ k_BNSH.mT / math.sqrt(self.head_width) + bias_BNTS.to(x_BTD.dtype)
+        weights_BNTS = scores_BNTS.sigmoid() * is_visible_BTS[:, None]
         return self.o_proj((weights_BNTS @ v_BNSH).transpose(1, 2).flatten(2))
