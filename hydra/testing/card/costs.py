@@ -14,7 +14,7 @@ import torch
 from hydra.attention.base import AttentionBackend
 from hydra.attention.custom import MEASURED_LENGTHS, count_flops, fit_quadratic
 from hydra.runtime.memory.tracker import Rehearsal
-from hydra.testing.card.subject import MISTAKES, Finding, Subject, describe, run_layer
+from hydra.testing.card.subject import MISTAKES, Finding, Subject, call_layer, describe, run_layer
 
 N_COMPILED_TOKENS = 17
 N_MEMORY_TOKENS = 1024
@@ -24,7 +24,10 @@ def check_compilation(subject: Subject) -> tuple[list[Finding], str]:
     """The layer is traced as one graph, with its gradient's inputs; what breaks it is named with its line."""
     import torch._dynamo  # takes seconds to import
 
-    layer, x_BTD = subject.build_random(torch.float32), subject.inputs(2, N_COMPILED_TOKENS, torch.float32)
+    layer, x_BTD = (
+        subject.build_random(torch.float32),
+        subject.inputs(2, subject.usable(N_COMPILED_TOKENS), torch.float32),
+    )
     torch._dynamo.reset()
     try:
         with _quietly():
@@ -46,7 +49,7 @@ def check_compilation(subject: Subject) -> tuple[list[Finding], str]:
 
 def _call(layer: torch.nn.Module) -> Any:
     def call(x_BTD: torch.Tensor) -> torch.Tensor:
-        return run_layer(layer, x_BTD)
+        return call_layer(layer, x_BTD)
 
     return call
 

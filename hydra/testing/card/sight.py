@@ -8,7 +8,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from hydra.testing.card.subject import Finding, Subject, differs, find_smallest, places
+from hydra.testing.card.subject import Finding, Subject, find_smallest
 
 
 def check_causality(subject: Subject) -> list[Finding]:
@@ -25,8 +25,8 @@ def check_causality(subject: Subject) -> list[Finding]:
                 changed_BTD = x_BTD.clone()
                 changed_BTD[:, cut:] += 1.0 + subject.inputs(1, n_tokens - cut, seed=1)
                 changed_out_BTD = subject.run(changed_BTD)
-                if differs(changed_out_BTD[:, :cut], out_BTD[:, :cut]):
-                    where = places(changed_out_BTD[0, :cut], out_BTD[0, :cut])
+                if subject.differs(changed_out_BTD[:, :cut], out_BTD[:, :cut]):
+                    where = subject.places(changed_out_BTD[0, :cut], out_BTD[0, :cut])
                     return f"outputs at {where} change when tokens from {cut} on do"
         return None
 
@@ -37,8 +37,8 @@ def check_causality(subject: Subject) -> list[Finding]:
             if not out_BTD.requires_grad:
                 return None
             (grad_BTD,) = torch.autograd.grad(out_BTD[:, :cut].square().sum(), x_BTD, allow_unused=True)
-            if grad_BTD is not None and differs(grad_BTD[:, cut:], torch.zeros_like(grad_BTD[:, cut:])):
-                where = places(grad_BTD[0, cut:], torch.zeros_like(grad_BTD[0, cut:]))
+            if grad_BTD is not None and subject.differs(grad_BTD[:, cut:], torch.zeros_like(grad_BTD[:, cut:])):
+                where = subject.places(grad_BTD[0, cut:], torch.zeros_like(grad_BTD[0, cut:]))
                 return f"the gradient of outputs before {cut} reaches tokens {cut} + {where}"
         return None
 
@@ -56,8 +56,9 @@ def check_prefixes(subject: Subject) -> list[Finding]:
         out_BTD = subject.run(x_BTD)
         for n_prefix in {n_tokens - 1, max(1, n_tokens // 2)} - subject.broken:
             prefix_BTD = subject.run(x_BTD[:, :n_prefix])
-            if differs(out_BTD[:, :n_prefix], prefix_BTD):
-                return f"outputs at {places(out_BTD[0, :n_prefix], prefix_BTD[0])} are others in a run of {n_prefix}"
+            if subject.differs(out_BTD[:, :n_prefix], prefix_BTD):
+                where = subject.places(out_BTD[0, :n_prefix], prefix_BTD[0])
+                return f"outputs at {where} are others in a run of {n_prefix}"
         return None
 
     with torch.no_grad():
@@ -78,7 +79,7 @@ def check_documents(subject: Subject) -> list[Finding]:
                     changed_BTD = subject.run(changed_BTD, ids_BT)
                     is_other_T = torch.ones(n_tokens, dtype=torch.bool)
                     is_other_T[begins:ends] = False
-                    if differs(changed_BTD[:, is_other_T], out_BTD[:, is_other_T]):
+                    if subject.differs(changed_BTD[:, is_other_T], out_BTD[:, is_other_T]):
                         return f"of documents of {said(lengths)} tokens, another changes with number {document}"
         return None
 
@@ -90,7 +91,7 @@ def check_documents(subject: Subject) -> list[Finding]:
                 if ends - begins in subject.broken:
                     continue
                 alone_BTD = subject.run(x_BTD[:, begins:ends], positions_BT=torch.arange(begins, ends)[None])
-                if differs(out_BTD[:, begins:ends], alone_BTD):
+                if subject.differs(out_BTD[:, begins:ends], alone_BTD):
                     return f"the document of tokens {begins} to {ends - 1} is another than alone at the same positions"
         return None
 
@@ -129,7 +130,7 @@ def check_padding(subject: Subject) -> list[Finding]:
                     continue
                 positions_BT = torch.arange(begins, n_tokens)[None]
                 alone_BTD = subject.run(x_BTD[row : row + 1, begins:], positions_BT=positions_BT)
-                if differs(out_BTD[row : row + 1, begins:], alone_BTD):
+                if subject.differs(out_BTD[row : row + 1, begins:], alone_BTD):
                     return f"row {row}, padded by {begins} beside one padded by {n_padding - begins}, is another alone"
         return None
 
@@ -145,9 +146,9 @@ def check_batch(subject: Subject) -> list[Finding]:
         out_BTD = subject.run(x_BTD)
         changed_BTD = x_BTD.clone()
         changed_BTD[1] = changed_BTD[1] * 3.0 + 1.0
-        if differs(subject.run(changed_BTD)[[0, 2]], out_BTD[[0, 2]]):
+        if subject.differs(subject.run(changed_BTD)[[0, 2]], out_BTD[[0, 2]]):
             return "rows 0 and 2 change with row 1"
-        if differs(subject.run(x_BTD[1:2]), out_BTD[1:2]):
+        if subject.differs(subject.run(x_BTD[1:2]), out_BTD[1:2]):
             return "row 1 is another alone"
         return None
 
@@ -167,4 +168,4 @@ def sees_order(subject: Subject, n_tokens: int = 9) -> tuple[bool, bool]:
         last_BD = subject.run(x_BTD)[:, -1]
         turned_BTD = torch.cat([x_BTD[:, :-1].flip(1), x_BTD[:, -1:]], dim=1)
         stretched = subject.run(x_BTD, positions_BT=3 * torch.arange(n_tokens)[None])[:, -1]
-        return differs(subject.run(turned_BTD)[:, -1], last_BD), differs(stretched, last_BD)
+        return subject.differs(subject.run(turned_BTD)[:, -1], last_BD), subject.differs(stretched, last_BD)

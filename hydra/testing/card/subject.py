@@ -6,12 +6,14 @@ B batch, T tokens, D model width.
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra.attention import available_backends, build_attention
+from hydra.attention.base import AttentionBackend
 from hydra.attention.code import CustomSpec
 from hydra.errors import HydraError
 
@@ -20,6 +22,8 @@ LENGTHS = (*CONSECUTIVE, 63, 64, 65, 127, 128, 129)
 """Around what a class may cut its work into; the smallest T between two of them is searched for."""
 CLOSE = 1e-9
 """Largest difference in float64, over the largest magnitude, that counts as rounding."""
+CLOSE_SINGLE = 1e-4
+"""The same where the layer itself computes something in float32."""
 # What a class under test may raise: everything that is a mistake in code, and nothing that ends a process.
 MISTAKES = (
     ArithmeticError, AssertionError, AttributeError, HydraError, LookupError, MemoryError, NameError, RuntimeError,
@@ -57,6 +61,7 @@ class Subject:
         self.name = attention if isinstance(attention, str) else attention.__qualname__
         self.layer: nn.Module | None = None
         self.is_stateful = False  # then every run gets a copy of its own, so that one mistake is not found as all
+        self.is_single = False  # computes something in float32 whatever it is given
         self.broken: set[int] = set()  # lengths that do not run at all
 
     @property
@@ -119,11 +124,42 @@ class Subject:
         if layer is None:
             self.layer = self.build_random() if self.layer is None else self.layer
             layer = copy.deepcopy(self.layer) if self.is_stateful else self.layer
-        torch.default_generator.manual_seed(0)
         return run_layer(layer, x_BTD, document_ids_BT, positions_BT)
+
+    def look_for_single(self) -> None:
+        """Note whether something is computed in float32 when everything given is float64, as `.float()` has it."""
+        layer, x_BTD = self.build_random(), self.inputs(1, self.usable(9))
+        with torch.no_grad(), _Dtypes() as dtypes:
+            run_layer(layer, x_BTD)
+        self.is_single = dtypes.has_single
+
+    def usable(self, n_tokens: int) -> int:
+        """n_tokens, or the next length that is not known to be broken."""
+        return next((n for n in range(n_tokens, n_tokens + 8) if n not in self.broken), n_tokens)
+
+    def differs(self, actual: Tensor, expected: Tensor) -> bool:
+        """Whether two tensors differ by more than rounding; NaN differs from everything."""
+        return not bool(((actual - expected).abs() <= self._limit(expected)).all())
+
+    def places(self, actual_TD: Tensor, expected_TD: Tensor) -> str:
+        """Which tokens of one row differ, in words."""
+        is_close_T = ((actual_TD - expected_TD).abs() <= self._limit(expected_TD)).all(dim=-1)
+        changed = (~is_close_T).nonzero().flatten().tolist()
+        return ", ".join(map(str, changed[:4])) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+
+    def _limit(self, expected: Tensor) -> Tensor:
+        return (CLOSE_SINGLE if self.is_single else CLOSE) * expected.abs().max().clamp(min=1e-6)
 
 
 def run_layer(
+    layer: nn.Module, x_BTD: Tensor, document_ids_BT: Tensor | None = None, positions_BT: Tensor | None = None
+) -> Tensor:
+    """`call_layer`, with torch's generator at the same place each time: chance is looked for elsewhere."""
+    torch.default_generator.manual_seed(0)
+    return call_layer(layer, x_BTD, document_ids_BT, positions_BT)
+
+
+def call_layer(
     layer: nn.Module, x_BTD: Tensor, document_ids_BT: Tensor | None = None, positions_BT: Tensor | None = None
 ) -> Tensor:
     """layer(x, positions, documents), whichever of the two kinds of layer it is; both are (B, T), int64."""
@@ -132,13 +168,29 @@ def run_layer(
         positions_BT = torch.arange(n_tokens, device=x_BTD.device).expand(n_batch, n_tokens)
     if document_ids_BT is None:
         document_ids_BT = torch.zeros(n_batch, n_tokens, dtype=torch.int64, device=x_BTD.device)
-    if hasattr(layer, "kv_bytes_per_token"):
+    if isinstance(layer, AttentionBackend):
         return layer(x_BTD, positions_BT=positions_BT, document_ids_BT=document_ids_BT)
-    return layer(x_BTD, positions_BT, document_ids_BT)
+    return cast("Tensor", layer(x_BTD, positions_BT, document_ids_BT))
+
+
+class _Dtypes(TorchDispatchMode):
+    """Notes whether a float32 tensor of some size is made."""
+
+    has_single = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32 and result.numel() > 1:
+            self.has_single = True
+        return result
 
 
 def find_smallest(
-    subject: Subject, property_name: str, look: Callable[[int], str | None], minimum: int = 1, maximum: int = LENGTHS[-1]
+    subject: Subject,
+    property_name: str,
+    look: Callable[[int], str | None],
+    minimum: int = 1,
+    maximum: int = LENGTHS[-1],
 ) -> list[Finding]:
     """The one finding of the shortest sequence on which `look` sees something; [] if there is none.
 
@@ -169,17 +221,3 @@ def describe(error: BaseException) -> str:
     """An exception in one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"raises {type(error).__name__}: {lines[0][:160]}"
-
-
-def differs(actual: Tensor, expected: Tensor, limit: float = CLOSE) -> bool:
-    """Whether two float64 tensors differ by more than rounding; NaN differs from everything."""
-    size = expected.abs().max().clamp(min=1e-6)
-    return not bool((actual - expected).abs().max() <= limit * size)
-
-
-def places(actual_TD: Tensor, expected_TD: Tensor) -> str:
-    """Which tokens of one row differ, in words."""
-    size = expected_TD.abs().max().clamp(min=1e-6)
-    is_close_T = ((actual_TD - expected_TD).abs().amax(dim=-1) <= CLOSE * size)
-    changed = (~is_close_T).nonzero().flatten().tolist()
-    return ", ".join(map(str, changed[:4])) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")

@@ -5,6 +5,8 @@ As the short convolutions of Hyena (Poli et al., arXiv 2302.10866, section 3.2),
 B batch, T tokens, D model width, W kernel size.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 class ConvolutionMixer(nn.Module):
     """out_t = O (silu(G x_t) sum over w of k_w V x_(t-w)), where x_(t-w) is of the same document."""
 
-    options = {"kernel_size": 8}
+    options: ClassVar = {"kernel_size": 8}
 
     def __init__(self, spec) -> None:
         super().__init__()

@@ -96,7 +96,7 @@ class CountsPlacesAndNotPositions(Right):
     """Absolute ones."""
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return super().project(x_BTD + torch.arange(x_BTD.shape[1])[:, None].sin())
+        return super().project(x_BTD + torch.arange(x_BTD.shape[1])[:, None].sin().to(x_BTD.dtype))
 
 
 class CarriesStateFromRowToRow(Right):
