@@ -17,7 +17,7 @@ from hydra.attention.code import CustomSpec, load_class
 from hydra.attention.masks import AttentionContext, TokenHistory
 from hydra.errors import ConfigError
 
-MEASURED_LENGTHS = (64, 128, 256)
+MEASURED_LENGTHS = (256, 512, 1024)
 """Where floating-point operations are counted, which are then taken to be a n + b n^2."""
 
 

@@ -61,8 +61,8 @@ class ConvolvesBothWays(Right):
         return super().project(F.avg_pool1d(x_BTD.mT, 3, stride=1, padding=1).mT)
 
 
-class MasksTopLeft(Right):
-    """A token sees a document's later tokens unless they are in the second half of the row."""
+class SeesAQuarterOfTheRow(Right):
+    """However early it is itself."""
 
     def visible(self, ids_BT: Tensor) -> Tensor:
         n_tokens = ids_BT.shape[1]
