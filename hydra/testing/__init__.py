@@ -1,5 +1,4 @@
-"""check_attention, for a class of your own; and what tests share: contract suites, tolerances, NaN-poisoned memory, tiny
-specs."""
+"""check_attention, for a class of your own; and what tests share: contract suites, tolerances, poison, tiny specs."""
 
 from hydra.testing.card.check import AttentionCard, check_attention
 

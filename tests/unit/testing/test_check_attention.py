@@ -50,8 +50,11 @@ def test_a_planted_mistake_is_found(name: str, expected: tuple[str, int | None])
     card = check_attention(f"{PLANTED}:{name}")
     assert not card.ok
     assert expected in [(finding.property, finding.smallest_t) for finding in card.findings], str(card)
-    property_name, smallest_t = expected
-    assert smallest_t is None or (f"{property_name}: " in str(card) and f"smallest T = {smallest_t}" in str(card))
+    assert f"{expected[0]}: " in str(card)
+    if name == "AsksForANumber":
+        numbered = enumerate(PLANTED.read_text().splitlines(), start=1)
+        (line,) = [number for number, text in numbered if ".item()" in text]
+        assert f"planted.py:{line} `if scores_BNTS.max().item()" in str(card)
 
 
 def test_every_planted_class_is_looked_at() -> None:
@@ -59,15 +62,6 @@ def test_every_planted_class_is_looked_at() -> None:
         line.split("(")[0].removeprefix("class ") for line in PLANTED.read_text().splitlines() if line[:5] == "class"
     }
     assert classes == {*MISTAKES, "Right", "ComputesInSinglePrecision"}
-
-
-def test_a_graph_break_is_named_with_its_line() -> None:
-    numbered = list(enumerate(PLANTED.read_text().splitlines(), start=1))
-    (line,) = [number for number, text in numbered if ".item()" in text]
-    card = check_attention(f"{PLANTED}:AsksForANumber")
-    assert any(f"planted.py:{line} `if scores_BNTS.max().item()" in finding.what for finding in card.findings), str(
-        card
-    )
 
 
 @pytest.mark.parametrize(
