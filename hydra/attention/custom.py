@@ -67,12 +67,15 @@ class CustomAttention(AttentionBackend):
             assert isinstance(cache, RecomputeCache), type(cache)
             positions_BS = write_tokens(cache.positions_BS, positions_BS, context.n_past, token_axis=1)
             x_BSD = write_tokens(cache.x_BSD, x_BTD, context.n_past, token_axis=1)
+            if isinstance(context.n_past, Tensor):
+                # Shapes are static: what stands behind the new token is later, also for a class that asks positions.
+                places_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+                positions_BS = torch.where(places_S > context.n_past[:, None], places_S, positions_BS)
         ids_BS = context.document_ids_BS
         if ids_BS is None:
             ids_BS = torch.zeros_like(positions_BS)
         out_BSD = self.custom(x_BSD, positions_BS, ids_BS)
         if isinstance(context.n_past, Tensor):
-            # Shapes are static: what stands behind the new token is zeros, which a causal class does not see.
             rows_B = torch.arange(n_batch, device=x_BTD.device)
             return cast("Tensor", out_BSD[rows_B, context.n_past][:, None])
         return cast("Tensor", out_BSD[:, -n_tokens:])

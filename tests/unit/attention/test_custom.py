@@ -66,8 +66,18 @@ def test_flops_are_those_of_the_products() -> None:
     assert fit_quadratic({3: 3 * 7 + 9 * 2, 5: 5 * 7 + 25 * 2, 9: 9 * 7 + 81 * 2}) == pytest.approx((7, 2))
 
 
-def test_decoding_gives_what_generate_gives() -> None:
-    model = build_model(tiny_model_spec(attention=f"{PLAN}, gqa", n_layers=4))
+def test_decoding_gives_what_generate_gives(tmp_path: Path) -> None:
+    """Also with a class that finds out from positions what is earlier."""
+    (tmp_path / "mine.py").write_text(
+        HEAD
+        + "        super().__init__()\n"
+        + "        self.proj = nn.Linear(spec.d_model, spec.d_model)\n"
+        + "    def forward(self, x_BTD, positions_BT, document_ids_BT):\n"
+        + "        is_past_BTS = positions_BT[:, :, None] >= positions_BT[:, None, :]\n"
+        + "        weights_BTS = is_past_BTS / is_past_BTS.sum(-1, keepdim=True)\n"
+        + "        return weights_BTS.to(x_BTD.dtype) @ self.proj(x_BTD)\n"
+    )
+    model = build_model(tiny_model_spec(attention=f"{PLAN}, gqa, {tmp_path}/mine.py:Mine", n_layers=5))
     randomise(model)
     prompts = [[1, 2, 3, 4, 5], [7, 8]]
     expected = [generate(model, prompt, 9, temperature=0.0) for prompt in prompts]
