@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydra.attention.code import load_copies
 from hydra.compare import ArmResult, Comparison, LearningRateChoice, choose_learning_rates, compare_arms
 from hydra.errors import ComparisonError, ConfigError, HydraError, NotFiniteError
 from hydra.runtime import Run, paths, workspace_root
@@ -82,6 +83,7 @@ class Comparer:
         keep_records(self.run_dir / paths.METRICS, lambda step: False)
         self.results = paths.read_json(self.run_dir / paths.RESULTS) or self.results
         try:
+            load_copies(config.attention_code, self.run_dir / paths.CODE)
             for equal in config.equal:
                 self._compare(equal)
             self.ledger.update(stage="measuring speed and memory")

@@ -10,6 +10,7 @@ import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from hydra.attention import refuse_missing_records
 from hydra.errors import ConfigError
 from scripts.config import PRESETS, TrainingConfig, as_tuple, closest, describe_problem, must
 
@@ -75,6 +76,8 @@ class ComparisonConfig:
     """Of the intervals; 1 less this is the chance of a wrong verdict among all arms of one comparison."""
     cost_lengths: Annotated[tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(as_tuple)] = (128, 512, 2048)
     """Tokens of a row at which speed and memory are measured."""
+    attention_code: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """As in TrainingConfig, of all arms."""
 
     def __post_init__(self) -> None:
         for name, values in (("arms", (self.baseline, *self.arms)), ("equal", self.equal)):
@@ -93,7 +96,9 @@ class ComparisonConfig:
         problems = [f"{name}: {TAKEN[name]}" for name in config.fields if name in TAKEN]
         for attention in (config.baseline, *config.arms):
             try:
-                config.training_config(attention)
+                # What an arm was recorded with stays; the config is being made, and nobody has seen it yet.
+                known = {**config.attention_code, **config.training_config(attention).attention_code}
+                object.__setattr__(config, "attention_code", known)
             except ConfigError as error:
                 problems += [line for line in str(error).splitlines() if line not in problems]
         if problems:
@@ -118,7 +123,9 @@ class ComparisonConfig:
 
     def training_config(self, attention: str, **fields: Any) -> TrainingConfig:
         """The run of one attention; `fields` come before the comparison's own."""
-        return TrainingConfig.preset(self.preset, **{**self.fields, "attention": attention, **fields})
+        return TrainingConfig.preset(
+            self.preset, **{**self.fields, "attention": attention, "attention_code": self.attention_code, **fields}
+        )
 
     @property
     def n_runs(self) -> int:
@@ -140,6 +147,8 @@ class ComparisonConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(stored, dict) or set(stored) != names:
             raise ConfigError(f"a stored comparison must be an object with the fields {', '.join(sorted(names))}")
+        for attention in (stored["baseline"], *stored["arms"]):
+            refuse_missing_records(attention, stored["attention_code"])
         return cls(**stored)
 
     def differences(self, other: "ComparisonConfig | None" = None) -> dict[str, tuple[object, object]]:
@@ -157,6 +166,8 @@ class ComparisonConfig:
         """The `papermill` arguments that ask for this comparison."""
         arguments: list[str] = []
         for name, value in _flat(self).items():
+            if name == "attention_code":
+                continue  # read again from the files that arms name
             if value == _flat(ComparisonConfig()).get(name):
                 continue
             if isinstance(value, str):
@@ -170,7 +181,9 @@ class ComparisonConfig:
     def question(self) -> str:
         """What is asked for, in words."""
         base = self.training_config(self.baseline)
-        changed = [f"{name} {json.dumps(mine)}" for name, (_, mine) in self.differences().items()]
+        changed = [
+            f"{name} {json.dumps(mine)}" for name, (_, mine) in self.differences().items() if name != "attention_code"
+        ]
         return (
             f"Which attention, for what? {', '.join(self.arms)} against {self.baseline}, at equal "
             f"{', equal '.join(name.replace('_', ' ') for name in self.equal)}: models of {base.n_layers} blocks, "

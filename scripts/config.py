@@ -15,11 +15,11 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from hydra.attention import plan_layers
+from hydra.attention import plan_layers, record_plan_code, refuse_missing_records
 from hydra.data import DataSpec
 from hydra.errors import ConfigError, RunError
 from hydra.runtime import paths
-from hydra.runtime.paths import CONFIG, next_free, workspace_root
+from hydra.runtime.paths import CODE, CONFIG, next_free, workspace_root
 
 if TYPE_CHECKING:
     from hydra.model.framework import ModelSpec
@@ -77,10 +77,14 @@ class TrainingConfig:
     n_heads: PositiveInt = 4
     """Attention heads; the head width is d_model / n_heads."""
     attention: str = "ccgqa"
-    """Attention of the blocks: a backend (`hydra.attention.available_backends()` lists them), or a plan of several that
-    is repeated to the last block, such as `3*ccgqa, gqa` or `3*gqa(window=256), gqa`."""
+    """Attention of the blocks: a backend (`hydra.attention.available_backends()` lists them), a class of your own
+    (`path/to/my_attention.py:MyAttention`), or a plan of several that is repeated to the last block, such as
+    `3*ccgqa, gqa` or `3*gqa(window=256), gqa`."""
     attention_options: dict[str, Any] = Field(default_factory=dict)
     """Options by name, for every layer whose backend has them; those in a plan's brackets come first."""
+    attention_code: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What is known of the files of classes of your own: SHA-256, and options with defaults. Filled in when the config
+    is made; the run keeps a copy of the file and runs no other."""
     feed_forward: Literal["swiglu", "squared_relu"] = "squared_relu"
     """Feed-forward layer: SwiGLU (three matrices) or squared ReLU (two)."""
     d_feed_forward: PositiveInt = 1024
@@ -191,12 +195,15 @@ class TrainingConfig:
             self.warmup_steps,
         )
         try:
+            code = record_plan_code(self.attention, self.attention_code, workspace_root())
+            object.__setattr__(self, "attention_code", code)
             plan_layers(
                 self.attention,
                 d_model=self.d_model,
                 n_heads=self.n_heads,
                 n_layers=self.n_layers,
                 options=self.attention_options,
+                code=code,
             )
         except ConfigError as error:
             raise PydanticCustomError(
@@ -267,6 +274,7 @@ class TrainingConfig:
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in stored]
         if missing:
             raise ConfigError(f"a stored config must hold every field, but lacks {', '.join(missing)}; start a new run")
+        refuse_missing_records(stored["attention"], stored["attention_code"])
         return cls.from_parameters({"preset": stored.pop("preset_name"), **stored})
 
     def data_spec(self) -> DataSpec:
@@ -289,6 +297,7 @@ class TrainingConfig:
             n_heads=self.n_heads,
             attention=self.attention,
             attention_options=self.attention_options,
+            attention_code=self.attention_code,
             feed_forward=self.feed_forward,
             d_feed_forward=self.d_feed_forward,
             tie_embeddings=self.tie_embeddings,
@@ -355,6 +364,7 @@ class TrainingConfig:
         changed = [
             f"{name} {json.dumps(value)} (preset: {json.dumps(theirs)})"
             for name, (theirs, value) in self.differences().items()
+            if name != "attention_code"
         ]
         corpus = "the default corpus" if self.corpus == ("default",) else ", ".join(self.corpus)
         return (
@@ -367,6 +377,8 @@ class TrainingConfig:
         """The `papermill` arguments that ask for this config of a notebook that assigns nothing but `preset`."""
         arguments = [] if self.preset_name == "debug" else ["-p", "preset", self.preset_name]
         for name, (_, value) in self.differences().items():
+            if name == "attention_code":
+                continue  # read again from the files that `attention` names
             if isinstance(value, str):
                 arguments += ["-r", name, value]
             elif isinstance(value, bool | int | float):
@@ -454,6 +466,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 # Fields that came later, with the values under which a run of before computes as it did.
 ADDED_LATER: Mapping[str, object] = {
+    "attention_code": {},
     "zero_init": False,
     "optimizer": "adamw",
     "adam_state": "float32",
@@ -470,7 +483,7 @@ ADDED_LATER: Mapping[str, object] = {
 }
 
 # What an engine leaves in a run directory before the trainer has begun.
-NOT_YET_A_RUN = (r".*\.ipynb", r"report\.html", r"\..*")
+NOT_YET_A_RUN = (r".*\.ipynb", r"report\.html", r"\..*", CODE)
 
 
 class JobConfig(Protocol):
@@ -478,6 +491,10 @@ class JobConfig(Protocol):
 
     module: ClassVar[str]
     """What `python -m` starts on the folder."""
+
+    @property
+    def attention_code(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is known of code that the folder is to hold."""
 
     def to_json(self) -> str:
         """Every field."""

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from hydra.attention.code import write_copies
 from hydra.errors import RunCutOffError, RunError
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.processes import ProcessIdentity, is_batch, start_process
@@ -61,4 +62,5 @@ def write_config_once(config: JobConfig, run_dir: Path) -> None:
     refuse_changed_config(config, run_dir)
     if not (run_dir / paths.CONFIG).is_file():
         run_dir.mkdir(parents=True, exist_ok=True)
+        write_copies(config.attention_code, run_dir / paths.CODE)  # before the config: from then on it is a run
         paths.write_atomically(run_dir / paths.CONFIG, config.to_json())

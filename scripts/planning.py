@@ -288,16 +288,17 @@ def blank_batch(n_rows: int, n_tokens: int) -> Batch:
 
 @contextlib.contextmanager
 def _as_if_compiled(model: HydraModel, rehearsal: Rehearsal) -> Iterator[None]:
-    """Within it the model allocates as its compiled form does; all blocks share one trace."""
-    regions: list[Region] = []
+    """Within it the model allocates as its compiled form does; blocks of one kind share one trace."""
+    regions: dict[Any, Region] = {}
     is_selective = model.execution.activation_checkpointing == "selective"
 
     def run(block: nn.Module, *arguments: Any) -> Tensor:
         tensors = _tensors_of(arguments)
-        if not regions:
+        kind = (block.attention.__class__, *((name, value.shape) for name, value in block.named_parameters()))
+        if kind not in regions:
             with rehearsal.paused(), mock.patch.object(block, "forward", type(block).forward.__get__(block)):
-                regions.append(_trace_block(block, arguments, SELECTIVE_BUDGET if is_selective else 1.0))
-        return StandIn.apply(regions[0], tensors[0], *block.parameters(), *tensors)
+                regions[kind] = _trace_block(block, arguments, SELECTIVE_BUDGET if is_selective else 1.0)
+        return StandIn.apply(regions[kind], tensors[0], *block.parameters(), *tensors)
 
     for block in model.typed_blocks():
         block.forward = functools.partial(run, block)  # type: ignore[method-assign]

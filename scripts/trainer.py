@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hydra.attention.code import load_copies
 from hydra.attention.core import check_kernel
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
 from hydra.errors import ConfigError, HydraError, MemoryLimitError, NotFiniteError
@@ -292,6 +293,7 @@ class Trainer:
                 True
             )  # for the compiler: that optimizer's step is compiled from the start
 
+        load_copies(self.config.attention_code, self.run_dir / paths.CODE)
         self.ledger.update(stage="preparing data")
         self.dataset = self._open_data()
         self._vocab_size = int(self.dataset.manifest["tokenizer"]["vocab_size"])

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 from typing import TYPE_CHECKING, cast
 
+from hydra.attention.code import split_name
 from hydra.attention.spec import AttentionSpec, check_known
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def load_spec_class(name: str) -> type[AttentionSpec]:
 
 
 def load_layer_class(name: str) -> "type[AttentionBackend]":
-    """The torch module class of a backend; ConfigError lists the known names for an unknown one."""
+    """The torch module class of a backend, or of any class by path; ConfigError lists the names for an unknown one."""
+    if split_name(name):
+        return cast("type[AttentionBackend]", importlib.import_module("hydra.attention.custom").CustomAttention)
     check_known("attention", [name], available_backends())
     entry = BACKENDS[name]
     module = importlib.import_module(f"{entry.package}.attention")

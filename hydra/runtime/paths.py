@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "config.json"
+CODE = "code"
 STATE = "state.json"
 ENVIRONMENT = "environment.json"
 MEMORY_PLAN = "memory.json"

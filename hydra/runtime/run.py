@@ -127,14 +127,17 @@ class Run:
             f"({happened}); {advice}"
         )
 
-    def load_model(self, build_model: "Callable[[Mapping[str, object]], Model]") -> "Model":
+    def load_model(self, build_model: "Callable[..., Model]", *, trust_code: bool = False) -> "Model":
         """The model with the weights of the newest checkpoint, in evaluation mode, on the CPU.
 
         Args:
             build_model: `hydra.model.framework.build_model`; it gets the model spec that the checkpoint carries.
+            trust_code: run the code that the run holds in `code/`, with which whoever wrote it can do what you can.
+                Only runs with an attention class of their own have any.
 
         Raises:
             CheckpointError: there is no checkpoint yet, or it is damaged.
+            ConfigError: the run holds code and is not trusted, or the code is not what it was started with.
         """
         checkpoints = list_checkpoints(self.directory)
         if not checkpoints:
@@ -145,7 +148,7 @@ class Run:
         checkpoint = load_checkpoint(checkpoints[-1], groups=("model",))
         spec = checkpoint.trainer_state["model_spec"]
         assert isinstance(spec, Mapping)
-        model = build_model(spec)
+        model = build_model(spec, code_dir=self.directory / paths.CODE) if trust_code else build_model(spec)
         model.load_state_dict(dict(checkpoint.tensors["model"]), strict=True)
         return model.eval()
 

@@ -1,1 +1,5 @@
-"""What tests share: contract suites to inherit, tolerances, NaN-poisoned memory, tiny specs. Imported by tests only."""
+"""check_attention, for a class of your own; and what tests share: contract suites, tolerances, poison, tiny specs."""
+
+from hydra.testing.card.check import AttentionCard, check_attention
+
+__all__ = ["AttentionCard", "check_attention"]

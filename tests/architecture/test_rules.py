@@ -105,6 +105,21 @@ def test_no_pickle_is_ever_opened() -> None:
             assert word not in text, f"{path}: {word}"
 
 
+def test_code_is_loaded_by_path_in_one_place() -> None:
+    """That place checks a hash first; everything else is imported by its name."""
+    loading = {"exec", "eval", "compile", "runpy", "spec_from_file_location", "SourceFileLoader", "run_path"}
+    found = set()
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in loading:
+                found.add(path)
+            if isinstance(node, ast.Attribute | ast.alias) and getattr(node, "attr", getattr(node, "name", "")) in (
+                loading - {"compile", "eval", "exec"}  # methods of torch's modules, regular expressions, Qt
+            ):
+                found.add(path)
+    assert found == {ROOT / "hydra" / "attention" / "code.py"}
+
+
 def test_notebooks_hold_parameters_calls_and_words() -> None:
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         notebook = json.loads(path.read_text())

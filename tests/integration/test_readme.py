@@ -38,7 +38,7 @@ def test_the_lines_that_load_and_sample_a_model(
     assert start_trainer(run_dir).wait(timeout=120) == 0
     moved = tmp_path / "elsewhere"
     run_dir.rename(moved)
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 7
     assert len([line for line in BLOCKS[1].splitlines() if line]) == 5
     program = BLOCKS[1].replace("runs/pretrain", str(moved))
     said = [run_python(program) for _ in range(2)]
@@ -63,6 +63,17 @@ def test_the_lines_that_load_and_save_a_llama(tmp_path: Path) -> None:
     assert type(again) is type(theirs)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_an_attention_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "my_attention.py"
+    path.write_text(BLOCKS[5])
+    program = BLOCKS[6].replace("my_attention.py", str(path)).replace("runs/decaying", f"{tmp_path}/decaying")
+    said = run_python(program.replace('corpus="README.md"', f'corpus="README.md", data_dir="{tmp_path}/data"'))
+    assert "attention card: DecayingAverage" in said
+    assert "everything holds" in said
+    assert "decaying is done at step 20 of 20" in said
+    assert (tmp_path / "decaying" / "code" / "my_attention.py").read_text() == BLOCKS[5]
 
 
 def test_the_house_that_readme_describes_is_the_one_that_stands() -> None:

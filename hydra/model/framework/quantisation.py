@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from hydra.attention.custom import CustomAttention
 from hydra.errors import ConfigError, QuantisationError
 from hydra.model.framework.model import HydraModel
 
@@ -85,8 +86,16 @@ def quantise_int8(
 
 
 def find_matrices(model: HydraModel) -> dict[str, Tensor]:
-    """Every matrix that a decode step multiplies by a linear layer, by the name of its module."""
-    layers = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    """Every matrix that a decode step multiplies by a linear layer of ours, by the name of its module.
+
+    What a researcher's own class does with its layers is not known: they are left to it.
+    """
+    customs = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, CustomAttention))
+    layers = {
+        name: layer.weight
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and not name.startswith(customs)
+    }
     return {**layers, "head": model.head_weight}
 
 

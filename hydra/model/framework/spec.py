@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
-from hydra.attention import PlannedLayer, plan_layers
+from hydra.attention import PlannedLayer, plan_layers, record_plan_code, refuse_missing_records
 from hydra.attention.spec import check_float, check_int, check_known
 from hydra.errors import ConfigError
 
@@ -28,8 +29,8 @@ class ModelSpec:
     n_heads: int
     """Heads of the multi-head reference; the head width is d_model / n_heads."""
     attention: str
-    """Name of an attention backend (hydra.attention.available_backends()), or a plan of several; see
-    hydra.attention.plan."""
+    """Name of an attention backend (hydra.attention.available_backends()), path:Class of a class of your own, or a plan
+    of several; see hydra.attention.plan."""
     attention_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Options for every layer whose backend has them, each a number, text or truth value; what is left out takes the
     backend's default."""
@@ -43,6 +44,8 @@ class ModelSpec:
     """Added to the mean square in every RMSNorm."""
     zero_init: bool = False
     """Whether what adds to the residual stream starts at zero, so that every block starts as the identity."""
+    attention_code: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """What is known of the files of classes by path (hydra.attention.code); what is left out is read from the files."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_feed_forward"):
@@ -58,6 +61,8 @@ class ModelSpec:
             )
         # A copy of its own, so that changing the caller's mapping does not change a spec that was checked.
         object.__setattr__(self, "attention_options", dict(self.attention_options))
+        code = record_plan_code(self.attention, self.attention_code, Path())
+        object.__setattr__(self, "attention_code", code)
         self.plan_layers()
 
     def plan_layers(self) -> list[PlannedLayer]:
@@ -68,6 +73,7 @@ class ModelSpec:
             n_heads=self.n_heads,
             n_layers=self.n_layers,
             options=self.attention_options,
+            code=self.attention_code,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,8 +85,9 @@ class ModelSpec:
         """Build from what to_dict gave; ConfigError for an unknown or missing field, or a value that cannot be."""
         names = [field.name for field in dataclasses.fields(cls)]
         check_known("model field", mapping, names)
-        # zero_init came later, and how a model began does not matter to what was built before.
-        missing = [name for name in names if name not in mapping and name != "zero_init"]
+        # Two came later: how a model began does not matter to what was built before, and none had code of its own.
+        missing = [name for name in names if name not in mapping and name not in ("zero_init", "attention_code")]
         if missing:
             raise ConfigError(f"a model must have the fields {', '.join(names)}, but got none of {', '.join(missing)}")
+        refuse_missing_records(mapping["attention"], mapping.get("attention_code", {}))
         return cls(**mapping)

@@ -1,0 +1,1 @@
+"""What check_attention looks at, one group of properties in each file."""

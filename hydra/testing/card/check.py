@@ -1,0 +1,139 @@
+"""check_attention: everything that an attention class must do, looked at, on one card."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydra.attention.code import load_class, read_code, split_name
+from hydra.attention.spec import check_known
+from hydra.errors import ConfigError, HydraError
+from hydra.testing.card import costs, numbers, sight, state
+from hydra.testing.card.subject import MISTAKES, Finding, Subject, describe
+
+WIDTH = 84
+PROPERTIES: tuple[tuple[str, Callable[[Subject], list[Finding]]], ...] = (
+    ("T = 1, odd and other lengths", state.check_lengths),
+    ("repeats: no chance, no state between calls", state.check_repeats),
+    ("state dict holds all", state.check_state_dict),
+    ("causality", sight.check_causality),
+    ("prefix agreement", sight.check_prefixes),
+    ("documents", sight.check_documents),
+    ("left padding", sight.check_padding),
+    ("batch independence", sight.check_batch),
+    ("gradcheck in float64", numbers.check_gradients),
+    ("gradient to every parameter", numbers.check_parameters),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCard:
+    """What check_attention saw. `str()` is the card."""
+
+    name: str
+    rows: tuple[tuple[str, str], ...]
+    """Property or cost, and what holds or was measured."""
+    findings: tuple[Finding, ...]
+    """What does not hold."""
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything holds."""
+        return not self.findings
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows) + 2
+        lines = [f"attention card: {self.name}", "-" * WIDTH]
+        lines += [f"{name:<{width}}{text}" for name, text in self.rows]
+        lines += ["-" * WIDTH]
+        verdict = "everything holds" if self.ok else f"{len(self.findings)} findings"
+        lines += [f"{verdict}; {self.seconds:.1f} s", *(f"  {finding}" for finding in self.findings)]
+        return "\n".join(lines)
+
+
+def check_attention(
+    attention: type | str, *, d_model: int = 32, n_heads: int = 4, options: dict[str, Any] | None = None
+) -> AttentionCard:
+    """Look at everything an attention class must do, and measure what it costs.
+
+    Args:
+        attention: a class with `__init__(spec)` and `forward(x_BTD, positions_BT, document_ids_BT)`, its
+            `path.py:Class`, or the name of a backend.
+        d_model, n_heads: of the layers, where a property does not need others.
+        options: other than the class's defaults.
+    Raises:
+        ConfigError: there is no such class, or it cannot be built.
+    """
+    began = time.perf_counter()
+    found = _find(attention)
+    if isinstance(found, type):
+        check_known("option", options or {}, getattr(found, "options", {}))
+    subject = Subject(found, d_model, n_heads, options or {})
+    rows: list[tuple[str, str]] = []
+    findings: list[Finding] = []
+
+    def note(name: str, found: list[Finding], text: str = "holds") -> None:
+        rows.append((name, text if not found else "FAILS: " + "; ".join(map(str, found[:2]))))
+        findings.extend(found)
+
+    with torch.random.fork_rng(devices=[]), _one_thread():
+        _refuse_unbuildable(subject)
+        for name, check in PROPERTIES:
+            note(name, _safely(check, subject))
+        note("bfloat16 error", *numbers.check_precision(subject, Subject("gqa", d_model, n_heads, {})))
+        note("scale: output over input", *numbers.check_scale(subject))
+        note("graph", *costs.check_compilation(subject))
+        note("FLOPs", *costs.describe_flops(subject))
+        note("memory", *costs.describe_memory(subject))
+        rows.append(("cache", costs.describe_cache(subject)))
+        rows.append(("order and positions", _describe_order(subject)))
+    return AttentionCard(subject.name, tuple(rows), tuple(findings), time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Layers are so small here that threads would wait for each other most of the time."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _find(attention: type | str) -> type | str:
+    names = split_name(attention) if isinstance(attention, str) else None
+    if names is None:
+        return attention
+    assert isinstance(attention, str)
+    return load_class(attention, read_code(Path(names[0]), names[1])[0])
+
+
+def _refuse_unbuildable(subject: Subject) -> None:
+    try:
+        subject.build()
+    except HydraError:
+        raise
+    except MISTAKES as error:
+        raise ConfigError(f"a layer must be built from its spec, but {subject.name}(spec) {describe(error)}") from error
+
+
+def _safely(check: Callable[[Subject], list[Finding]], subject: Subject) -> list[Finding]:
+    try:
+        return check(subject)
+    except MISTAKES as error:
+        return [Finding(check.__name__.removeprefix("check_").replace("_", " "), describe(error))]
+
+
+def _describe_order(subject: Subject) -> str:
+    try:
+        order, numbers_matter = sight.sees_order(subject)
+    except MISTAKES as error:
+        return describe(error)
+    seen = "matters" if order else "does not matter: a set of tokens is all it sees"
+    return f"order of earlier tokens {seen}; positions as numbers {'are' if numbers_matter else 'are not'} read"

@@ -1,0 +1,123 @@
+"""Code of one's own travels with the run: it trains, goes on from the copy after a kill, and nothing else is run."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hydra.errors import ConfigError, RunError
+from hydra.model.framework import build_model
+from hydra.runtime import Run
+from scripts.config import TrainingConfig
+from scripts.launch import write_config_once
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "notebooks" / "examples" / "attention_classes"
+CLASSES = {"sigmoid": "SigmoidAttention", "gated_recurrence": "GatedRecurrence", "convolution": "ConvolutionMixer"}
+StartTrainer = Callable[[Path], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A researcher's folder."""
+    return Path(shutil.copytree(EXAMPLES, tmp_path / "own"))
+
+
+def begin(own: Path, run_dir: Path, shared_data_dir: Path, corpus_dir: Path, **fields: object) -> TrainingConfig:
+    attention = ", ".join(f"{own}/{file}.py:{name}" for file, name in CLASSES.items())
+    fields = {"attention": attention, "n_layers": 3, "corpus": str(corpus_dir), "threads": 1, **fields}
+    config = TrainingConfig.preset("tiny", data_dir=str(shared_data_dir), **fields)
+    write_config_once(config, run_dir)
+    return config
+
+
+def test_three_classes_train_and_go_on_from_their_copies(
+    own: Path,
+    tmp_path: Path,
+    shared_data_dir: Path,
+    corpus_dir: Path,
+    start_trainer: StartTrainer,
+    weights_hash: Callable[[Path], str],
+    figures: Callable[[Path], list[dict[str, object]]],
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    long = {"max_steps": 120, "compile_from_step": None, "attention_options": {"kernel_size": 3}, "eval_every": 60}
+    for run_dir in (whole, killed):
+        begin(own, run_dir, shared_data_dir, corpus_dir, **long)
+    shutil.rmtree(own)  # from here on there are the copies
+    assert start_trainer(whole).wait(timeout=300) == 0
+    process = start_trainer(killed)
+    deadline = time.monotonic() + 240
+    while Run.open(killed).status().step < 10:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert Run.open(killed).status().status == "interrupted"
+    assert start_trainer(killed).wait(timeout=300) == 0
+    assert "going on from" in (killed / "trainer.log").read_text()
+    assert weights_hash(killed) == weights_hash(whole)
+    losses = [record["loss_nats"] for record in figures(whole) if "loss_nats" in record]
+    assert losses[-1] < losses[0] - 0.5
+    altered_and_sent(killed, tmp_path / "sent")
+
+
+def altered_and_sent(run_dir: Path, sent: Path) -> None:
+    """What a colleague may do with the run, and what not."""
+    run_dir.rename(sent)
+    run = Run.open(sent)
+    program = (
+        "from hydra.runtime import Run; from hydra.model.framework import build_model, generate\n"
+        f"run = Run.open({str(sent)!r})\n"
+        "try: run.load_model(build_model)\n"
+        "except Exception as error: print(error)\n"
+        "print(len(generate(run.load_model(build_model, trust_code=True), [1, 2, 3], 4)))"
+    )
+    # In a process of its own, in which nobody has named the files.
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert "code must be trusted by name before it runs" in done.stdout, done.stderr
+    assert "Run.load_model(build_model, trust_code=True)" in done.stdout
+    assert done.stdout.splitlines()[-1] == "4", done.stderr
+    copy = sent / "code" / "sigmoid.py"
+    copy.write_text(copy.read_text() + "\n# changed\n")
+    with pytest.raises(ConfigError, match=r"has SHA-256 [0-9a-f]{64} and the run's config says [0-9a-f]{64}"):
+        run.load_model(build_model, trust_code=True)
+
+
+def test_the_trainer_refuses_an_altered_copy(
+    own: Path, tmp_path: Path, shared_data_dir: Path, corpus_dir: Path, start_trainer: StartTrainer
+) -> None:
+    run_dir = tmp_path / "altered"
+    config = begin(own, run_dir, shared_data_dir, corpus_dir)
+    copy = run_dir / "code" / "convolution.py"
+    copy.write_text(copy.read_text() + "\nraise SystemExit('it ran')\n")
+    process = start_trainer(run_dir)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert config.attention_code[f"{own}/convolution.py"]["sha256"] in errors
+    assert "it ran" not in errors.splitlines()[-1]
+    assert Run.open(run_dir).status().cause == "ConfigError"
+
+
+def test_a_config_reads_its_own_code_back_without_the_file(
+    own: Path, tmp_path: Path, shared_data_dir: Path, corpus_dir: Path
+) -> None:
+    config = begin(own, tmp_path / "run", shared_data_dir, corpus_dir)
+    text = (tmp_path / "run" / "config.json").read_text()
+    (own / "sigmoid.py").write_text((own / "sigmoid.py").read_text() + "\n# new\n")
+    assert TrainingConfig.from_json(text) == config
+    changed = TrainingConfig.preset(
+        "tiny", **{name: value for name, (_, value) in config.differences().items() if name != "attention_code"}
+    )
+    with pytest.raises(RunError, match=r"attention_code: .*sha256.* there, .*sha256.* asked for"):
+        write_config_once(changed, tmp_path / "run")
+    stored = {**json.loads(text), "attention_code": {}}
+    with pytest.raises(ConfigError, match="must hold the SHA-256 and options"):
+        TrainingConfig.from_json(json.dumps(stored))
+    assert "attention_code" not in " ".join(config.papermill_arguments())
