@@ -8,6 +8,7 @@ import pytest
 from hydra.errors import ConfigError
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
+from scripts.planning import forecast
 
 EXAMPLES = Path(__file__).parents[3] / "notebooks" / "examples" / "attention_classes"
 
@@ -48,3 +49,9 @@ def test_a_comparison_holds_the_code_of_all_its_arms(convolution: str) -> None:
     assert not any("sha256" in argument for argument in config.papermill_arguments())
     with pytest.raises(ConfigError, match="must hold the SHA-256 and options"):
         ComparisonConfig.from_json(text.replace(str(path) + '": {', 'other.py": {'))
+
+
+def test_memory_of_a_plan_of_several_kinds_is_planned(convolution: str, tmp_path: Path) -> None:
+    """Blocks of one kind share what a compiled block was found to allocate; those of another kind do not."""
+    config = TrainingConfig.preset("tiny", attention=f"{convolution}, gqa", compile_from_step=1, data_dir=str(tmp_path))
+    assert forecast(config).memory.prediction.total > 0
