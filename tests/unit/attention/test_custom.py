@@ -75,7 +75,7 @@ def test_decoding_gives_what_generate_gives(tmp_path: Path) -> None:
         + "    def forward(self, x_BTD, positions_BT, document_ids_BT):\n"
         + "        is_past_BTS = positions_BT[:, :, None] >= positions_BT[:, None, :]\n"
         + "        weights_BTS = is_past_BTS / is_past_BTS.sum(-1, keepdim=True)\n"
-        + "        return weights_BTS.to(x_BTD.dtype) @ self.proj(x_BTD)\n"
+        + "        return 20 * weights_BTS.to(x_BTD.dtype) @ self.proj(x_BTD)\n"
     )
     model = build_model(tiny_model_spec(attention=f"{PLAN}, gqa, {tmp_path}/mine.py:Mine", n_layers=5))
     randomise(model)
