@@ -19,7 +19,7 @@ class Request:
     notebook_name: str
     parameters: Mapping[str, object]
     run_dir: Path
-    job: str
+    job: str = TRAINING
     """What the notebook's metadata say that it does (`hydra.job`): TRAINING or COMPARISON."""
 
     def command(self, engine_name: str, arguments: list[str], run_dir: Path) -> str:
@@ -37,20 +37,20 @@ class Plan:
 
     Attributes:
         run_dir: absolute.
-        job: TRAINING or COMPARISON.
         question: what was asked for, in one or two sentences.
         command: what to type for the same run, and to go on with one that was cut off.
         config: every field, resolved; {} for a notebook without a config.
         differences: fields that differ from the preset, as (the preset's value, own value).
+        job: TRAINING or COMPARISON.
     """
 
     run_dir: Path
-    job: str
     notebook_name: str
     question: str
     command: str
     config: Mapping[str, object]
     differences: Mapping[str, tuple[object, object]]
+    job: str = TRAINING
 
 
 def _relative(path: Path, to: Path) -> str:
