@@ -5,9 +5,10 @@ generate() is the simple way and the reference; a Decoder costs a compilation fi
 B streams, T tokens, D model width, V vocabulary, O outputs, I inputs, S tokens that a cache holds.
 """
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -245,7 +246,7 @@ class Decoder:
             }
         # Nothing that the step reads is ever replaced: no guards. Isolated: no other decoder takes it for its own.
         step = torch.compile(self._step, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)  # type: ignore[call-overload]
-        with torch.no_grad():
+        with torch.no_grad(), any_order():
             self._clear()
             step()
             if self.device.type != "cuda":
@@ -261,6 +262,22 @@ class Decoder:
             return logits_BV
 
         return replay
+
+
+@contextlib.contextmanager
+def any_order() -> Iterator[None]:
+    """Without torch's deterministic mode, in which a trainer may have left this process.
+
+    A step writes no place twice, so it is deterministic anyway; and in that mode code compiled for a CPU writes to a
+    cache by a call that ends the process for some shapes (torch 2.13).
+    """
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    # torch.use_deterministic_algorithms would tell torch's compiler, whose code reads this value itself.
+    torch._C._set_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(was_deterministic)
 
 
 def check_belongs(int8: Int8Weights, matrices: dict[str, Tensor]) -> None:

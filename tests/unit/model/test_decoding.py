@@ -211,3 +211,14 @@ def test_what_cannot_be_generated_is_refused(prompts: list[list[int]], arguments
 def test_the_spec_of_the_tests_has_a_tied_head() -> None:
     """Packing has to untie it; the other case is in test_every_matrix_is_found."""
     assert tiny_model_spec().tie_embeddings
+
+
+@pytest.mark.parametrize("attention", available_backends())
+def test_a_trainer_may_have_been_at_work_in_the_process_before(attention: str) -> None:
+    """Deterministic mode stays on after training; a decoder neither needs it nor falls over it, and leaves it on."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        Decoder(build_random_model(torch.float32, attention=attention), max_tokens=16).generate([[1, 2]], 3)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
