@@ -24,6 +24,7 @@ from diagnostics.bench.machine import describe
 from hydra.attention import available_backends
 from hydra.attention.masks import build_context
 from hydra.kernels.decode import load_native, native_single_query_attention
+from hydra.runtime.choices import keep_freed_memory
 from hydra.testing.specs import build_random_layer, random_activations
 
 D_MODEL, N_HEADS, HEAD_WIDTH = 2048, 16, 128
@@ -75,10 +76,12 @@ def main(arguments: list[str]) -> None:
     arms = [arm for arm in ARMS if arm.backend in available_backends()]
     machine = ", ".join(f"{name} {value}" for name, value in describe().items())
     print(f"{machine}, {torch.get_num_threads()} threads, {dtype}\n")
+    keep_freed_memory()  # as in a trainer
     for arm in arms:
         check(arm, dtype)
-    seconds = {n_tokens: time_layers(arms, dtype, n_tokens, n_rounds) for n_tokens in LENGTHS}
+    seconds = {}
     for n_tokens in LENGTHS:
+        seconds[n_tokens] = time_layers(arms, dtype, n_tokens, n_rounds)
         print_layers(arms, dtype, n_tokens, seconds[n_tokens])
     if "lightning" in seconds[LENGTHS[0]]:
         ratio = seconds[LENGTHS[1]]["lightning"] / seconds[LENGTHS[0]]["lightning"]
@@ -112,6 +115,7 @@ def check(arm: Arm, dtype: torch.dtype) -> None:
 
 def time_layers(arms: list[Arm], dtype: torch.dtype, n_tokens: int, n_rounds: int) -> dict[str, float]:
     """Median seconds of forward and backward by arm; the first round, which compiles, does not count."""
+    torch.compiler.reset()  # or the forms of all lengths together count against torch's limit
     x_BTD = random_activations(1, n_tokens, D_MODEL, dtype=dtype).requires_grad_()
     layers = {arm.name: arm.build(dtype) for arm in arms}
     for layer in layers.values():
