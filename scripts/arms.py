@@ -32,7 +32,8 @@ class Arm:
     config: TrainingConfig
     n_parameters: int
     forward_flops: int
-    """Of one row of context_length tokens, causal pairs."""
+    """Of one row of context_length tokens, as its layers count them: causal pairs; for lightning all pairs of a chunk;
+    for a class of one's own what torch's operators do, fitted."""
     cache_bytes: int
     """Of one row of context_length tokens, by formula, with numbers of 2 bytes (states keep their own dtype)."""
 
@@ -133,9 +134,10 @@ def solve_cache(config: ComparisonConfig, attention: str, target_bytes: int) -> 
         ConfigError: no layer has such an option, or none of its values comes close.
     """
     entries = parse_plan(attention)
-    free = [name for name, _ in entries if name in CACHE_OPTIONS]
-    if not free:
-        raise ConfigError("no layer of it has an option that sets the size of its cache")
+    options = {CACHE_OPTIONS[name] for name, _ in entries if name in CACHE_OPTIONS}
+    if len(options) != 1:
+        several = f"its layers have several, {' and '.join(sorted(options))}" if options else "no layer of it has one"
+        raise ConfigError(f"one option must set the size of its cache, but {several}")
     best: Arm | None = None
     for value in range(1, config.training_config(attention).d_model + 1):
         plan = ", ".join(write_entry(name, {**options, **cache_option(name, value)}) for name, options in entries)

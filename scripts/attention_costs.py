@@ -42,6 +42,7 @@ def measure_costs(
                     arm["attention"],
                     d_feed_forward=arm["d_feed_forward"],
                     context_length=n_tokens,
+                    compile_from_step=None,  # so that speed, kernels and memory are those of one execution
                     batch_size=1,
                     micro_batch_size=1,
                 )

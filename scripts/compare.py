@@ -2,8 +2,8 @@
 on with it.
 
 Every arm's learning rate is chosen on a seed of its own, from equally many; then each arm trains on the same seeds. A
-run is a folder under DIR/runs, named by the hash of its config: arms that come to the same model share it, and what is
-done stays done after a kill. `results.json` is written anew after every run.
+run is a folder under DIR/runs, named by the hash of its config: comparisons in which an arm has the same config share
+it, and what is done stays done after a kill. `results.json` is written anew after each comparison and measured length.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hydra.attention.code import load_copies
 from hydra.compare import ArmResult, Comparison, LearningRateChoice, choose_learning_rates, compare_arms
@@ -36,6 +38,9 @@ logger = logging.getLogger(__name__)
 TUNING_SEED = 1_000_000
 """Learning rates are chosen on this seed, which is none of those that arms are compared on."""
 UNIT = "bits per byte"
+BASELINE_DIVERGED = (
+    "the baseline {} must train without diverging, but did not; lower learning_rate and muon_learning_rate"
+)
 
 
 class Stopped(Exception):
@@ -58,6 +63,8 @@ class Comparer:
     def __init__(self, config: ComparisonConfig, run_dir: Path, stop: StopRequest) -> None:
         self.config, self.run_dir, self.stop = config, run_dir, stop
         self.results: dict[str, Any] = {"comparisons": {}}
+        self.arms: dict[str, tuple[list[Arm], list[LeftOut]]] = {}
+        self.tokens: dict[str, int] = {}
         self.n_done = 0
 
     def run(self) -> str:
@@ -84,6 +91,9 @@ class Comparer:
         self.results = paths.read_json(self.run_dir / paths.RESULTS) or self.results
         try:
             load_copies(config.attention_code, self.run_dir / paths.CODE)
+            self.ledger.update(stage="solving for equal arms")
+            # All before the first run: what cannot be made equal is told in seconds, and not after hours.
+            self.arms = {equal: build_arms(config, equal) for equal in config.equal}
             for equal in config.equal:
                 self._compare(equal)
             self.ledger.update(stage="measuring speed and memory")
@@ -107,8 +117,7 @@ class Comparer:
     def _compare(self, equal: str) -> None:
         """All arms made equal in one thing: choose their learning rates, train them on the seeds, compare."""
         config = self.config
-        self.ledger.update(stage=f"solving for equal {equal}")
-        arms, left_out = build_arms(config, equal)
+        arms, left_out = self.arms[equal]
         self.n_done += len(left_out) * (len(config.learning_rate_factors) + config.n_seeds)
         found: dict[str, Any] = {"arms": [arm.to_dict() for arm in arms], "left_out": [asdict(one) for one in left_out]}
         self.results["comparisons"][equal] = found
@@ -120,6 +129,13 @@ class Comparer:
             for arm in arms:
                 run_config = self._config_of(arm, factor, TUNING_SEED)
                 tuning[arm.name][rate] = self._train(run_config, f"equal {equal}: {arm.name}, rate {rate:g}")[0]
+        for arm in [arm for arm in arms if not any(map(math.isfinite, tuning[arm.name].values()))]:
+            if arm.name == config.baseline:
+                raise ComparisonError(BASELINE_DIVERGED.format(config.baseline))
+            left_out.append(LeftOut(arm.name, "it diverged at every learning rate that was tried"))
+            self.n_done += config.n_seeds
+            arms.remove(arm)
+            del tuning[arm.name]
         choices = choose_learning_rates(tuning)
         found["learning_rates"] = {name: _describe_choice(choices[name], tuning[name], name) for name in tuning}
         results = []
@@ -136,10 +152,7 @@ class Comparer:
         found["left_out"] = [asdict(one) for one in left_out]
         found["figures"] = {result.name: {str(s): value for s, value in result.figures.items()} for result in results}
         if config.baseline not in found["figures"]:
-            raise ComparisonError(
-                f"the baseline {config.baseline} must train without diverging, but did not; lower learning_rate and "
-                "muon_learning_rate"
-            )
+            raise ComparisonError(BASELINE_DIVERGED.format(config.baseline))
         comparison: Comparison | None = None
         if len(results) > 1:
             comparison = compare_arms(results, config.baseline, confidence=config.confidence, unit=UNIT)
@@ -165,6 +178,8 @@ class Comparer:
         if not _is_settled(run):
             trainer = _ArmTrainer(config, run_dir, self.stop)
             trainer.comparison = self.ledger
+            # The compiled forms of hundreds of runs would come to count against torch's limit.
+            torch.compiler.reset()
             run_dir.mkdir(parents=True, exist_ok=True)
             try:
                 trainer.train()
@@ -178,7 +193,8 @@ class Comparer:
             figure = status.val_bits_per_byte
             shutil.rmtree(run_dir / paths.CHECKPOINTS, ignore_errors=True)  # hundreds of runs' weights fill a disk
         self.n_done += 1
-        self.ledger.update(step=self.n_done, tokens=self.ledger.state.tokens + status.tokens)
+        self.tokens[run_dir.name] = status.tokens
+        self.ledger.update(step=self.n_done, tokens=sum(self.tokens.values()))
         record = {"step": self.n_done, "run": run_dir.name, "what": stage, "seconds": round(status.train_s, 3)}
         if math.isfinite(figure):
             record["val_bits_per_byte"] = figure

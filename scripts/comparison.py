@@ -27,7 +27,6 @@ DEFAULT_ARMS = (
     "ccgqa",
     "mla",
     "3*lightning, gqa(n_kv_heads=4)",
-    "3*gqa(n_kv_heads=4, window=32), gqa(n_kv_heads=4)",
 )
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -123,9 +122,8 @@ class ComparisonConfig:
 
     def training_config(self, attention: str, **fields: Any) -> TrainingConfig:
         """The run of one attention; `fields` come before the comparison's own."""
-        return TrainingConfig.preset(
-            self.preset, **{**self.fields, "attention": attention, "attention_code": self.attention_code, **fields}
-        )
+        own = {"attention": attention, "attention_options": {}, "attention_code": self.attention_code}
+        return TrainingConfig.preset(self.preset, **{**self.fields, **own, **fields})
 
     @property
     def n_runs(self) -> int:

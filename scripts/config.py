@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from hydra.attention import plan_layers, record_plan_code, refuse_missing_records
+from hydra.attention import parse_plan, plan_layers, record_plan_code, refuse_missing_records
 from hydra.data import DataSpec
 from hydra.errors import ConfigError, RunError
 from hydra.runtime import paths
@@ -154,8 +154,9 @@ class TrainingConfig:
     FlexAttention (`flex`), both on a GPU. `auto` takes what is faster on the device. Chosen once, then kept by the
     run."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """What computes norms, rotary embedding and feed-forward activations: torch's operators, or kernels in Triton, for
-    GPUs. `auto` takes Triton's where they run. Chosen once, then kept by the run."""
+    """What computes norms, rotary embedding, activations, convolutions of ccgqa, lightning attention and the loss:
+    torch's operators, or kernels in Triton, for GPUs. `auto` takes what was faster where it was measured (README of
+    hydra/kernels). Chosen once, then kept by the run."""
     compile_from_step: Annotated[int, Field(ge=0)] | None = 1
     """Finished steps after which blocks run as compiled code (the compiler is waited for); None: never."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
@@ -339,7 +340,7 @@ class TrainingConfig:
                 return dispatch.choose_kernels(
                     device,
                     is_compiled=self.compile_from_step is not None,
-                    has_linear_attention="lightning" in self.attention,
+                    has_linear_attention=any(name == "lightning" for name, _ in parse_plan(self.attention)),
                 )
             dispatch.check_kernels(self.kernels, device)
             return self.kernels, "asked for"
@@ -439,9 +440,10 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "n_heads": 4,
         "d_feed_forward": 512,
         "vocab_size": 1024,
+        "validation_fraction": 0.005,
         "context_length": 128,
-        "batch_size": 16,
-        "micro_batch_size": 16,
+        "batch_size": 8,
+        "micro_batch_size": 8,
         "max_steps": 120,
         "warmup_steps": 10,
         "eval_every": 10_000,

@@ -17,9 +17,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from hydra.attention.core import ONLY_ON_GPU
 from hydra.data import Batch
 from hydra.errors import ConfigError, MemoryLimitError
 from hydra.model.framework import HydraModel
+from hydra.model.framework.blocks import Block
 from hydra.model.framework.checkpointing import SELECTIVE_BUDGET
 from hydra.model.framework.execution import CHECKPOINTING
 from hydra.optim import state_bytes
@@ -248,6 +250,9 @@ def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehea
     """
     from scripts.trainer import Trainer, execution_of  # it plans its memory by this module
 
+    if choices.attention_kernel in ONLY_ON_GPU:
+        # Fake tensors stand on the CPU; what torch's own kernel keeps for its backward pass is as much.
+        choices = dataclasses.replace(choices, attention_kernel="scaled_dot_product")
     with torch.device("meta"):
         model = HydraModel(config.model_spec(vocab_size), execution_of(choices))
     trainer = Trainer(config, ".")
@@ -292,9 +297,10 @@ def _as_if_compiled(model: HydraModel, rehearsal: Rehearsal) -> Iterator[None]:
     regions: dict[Any, Region] = {}
     is_selective = model.execution.activation_checkpointing == "selective"
 
-    def run(block: nn.Module, *arguments: Any) -> Tensor:
+    def run(block: Block, *arguments: Any) -> Tensor:
         tensors = _tensors_of(arguments)
-        kind = (block.attention.__class__, *((name, value.shape) for name, value in block.named_parameters()))
+        spec = dataclasses.replace(block.attention.spec, layer_index=0)
+        kind = (block.attention.__class__, spec, *((name, value.shape) for name, value in block.named_parameters()))
         if kind not in regions:
             with rehearsal.paused(), mock.patch.object(block, "forward", type(block).forward.__get__(block)):
                 regions[kind] = _trace_block(block, arguments, SELECTIVE_BUDGET if is_selective else 1.0)

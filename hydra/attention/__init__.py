@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.attention.code import record_code
-from hydra.attention.plan import PlannedLayer, build_spec, plan_layers, record_plan_code, refuse_missing_records
+from hydra.attention.plan import (
+    PlannedLayer,
+    build_spec,
+    parse_plan,
+    plan_layers,
+    record_plan_code,
+    refuse_missing_records,
+)
 from hydra.attention.registry import available_backends, load_layer_class
 
 if TYPE_CHECKING:
@@ -19,6 +26,7 @@ __all__ = [
     "available_backends",
     "build_attention",
     "check_options",
+    "parse_plan",
     "plan_layers",
     "record_plan_code",
     "refuse_missing_records",

@@ -20,6 +20,7 @@ KERNELS = ("scaled_dot_product", "blocked", "tiled", "flex", "flash")
 """`scaled_dot_product`: torch's own choice of implementation. `blocked`: hydra.kernels.blocked_attention. `tiled`:
 hydra.kernels.tiled_attention. `flex`: torch's FlexAttention, which skips what documents and windows hide, as `tiled`
 does. `flash`: the package flash-attn."""
+ONLY_ON_GPU = ("flex", "flash")
 DECODE_KERNEL = "single_query"
 """For one query token in each row on a CPU, with a mask; needs hydra.kernels.decode.load_native."""
 

@@ -21,7 +21,7 @@ class Execution:
     attention_kernel: str = "scaled_dot_product"
     """One of hydra.attention.core.KERNELS."""
     kernels: str = "torch"
-    """What serves norms, rotary embedding and feed-forwards: one of hydra.kernels.dispatch.KERNELS. Whether a device
+    """What serves the operators of hydra.kernels: one of hydra.kernels.dispatch.KERNELS. Whether a device
     can have it is checked by build_model."""
     activation_checkpointing: str = "none"
     """What each block keeps for its backward pass. `none`: all that it needs. `selective`: the results of its matrix

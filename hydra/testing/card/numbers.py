@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hydra.attention.base import AttentionBackend
 from hydra.testing.card.subject import MISTAKES, Finding, Subject, describe, find_smallest, run_layer
 
 MAX_BFLOAT16_RATIO = 8.0
@@ -37,7 +38,7 @@ def check_gradients(subject: Subject) -> list[Finding]:
         positions_BT = torch.arange(x_BTD.shape[1])[None]
         torch.default_generator.manual_seed(0)
         run = copy.deepcopy(layer) if subject.is_stateful else layer
-        if hasattr(run, "kv_bytes_per_token"):
+        if isinstance(run, AttentionBackend):
             given = {"positions_BT": positions_BT, "document_ids_BT": ids_BT}
             return functional_call(run, dict(zip(names, values, strict=True)), (x_BTD,), given)
         return functional_call(run, dict(zip(names, values, strict=True)), (x_BTD, positions_BT, ids_BT))

@@ -95,7 +95,7 @@ def test_options_reach_the_class_and_its_cost() -> None:
 
 def test_the_command_prints_the_card() -> None:
     def run(name: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "hydra.testing.check_attention", name]
+        command = [sys.executable, "-m", "hydra.testing", name]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
     done = run("notebooks/examples/attention_classes/convolution.py:ConvolutionMixer(kernel_size=2)")

@@ -149,8 +149,8 @@ class LatentAttention(AttentionBackend):
 
     @property
     def score_width(self) -> int:
-        """C + R."""
-        return self.spec.score_width
+        """C + R, or U where values are wider: kernels that take one width get that."""
+        return max(self.spec.score_width, self.spec.value_width)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -1,15 +1,12 @@
-"""`python -m hydra.testing.check_attention path/to/my_attention.py:MyAttention` prints the card of a class.
-
-To be run; the function of this name is imported from hydra.testing.
-"""
+"""`python -m hydra.testing path/to/my_attention.py:MyAttention` prints the card of a class."""
 
 import sys
 
 from hydra.attention.plan import parse_plan
-from hydra.errors import HydraError
+from hydra.errors import ConfigError, HydraError
 from hydra.testing.card.check import check_attention
 
-USAGE = "usage: python -m hydra.testing.check_attention 'path.py:Class(option=value)' (or the name of a backend)\n"
+USAGE = "usage: python -m hydra.testing 'path.py:Class(option=value)' (or the name of a backend)\n"
 
 
 def main(arguments: list[str]) -> int:
@@ -18,7 +15,9 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(USAGE)
         return 2
     try:
-        name, options = parse_plan(arguments[0])[0]
+        (name, options), *others = parse_plan(arguments[0])
+        if others:
+            raise ConfigError(f"one attention must be named, but got a plan of several in {arguments[0]!r}")
         card = check_attention(name, options=options)
     except HydraError as error:
         sys.stderr.write(f"{error}\n")
