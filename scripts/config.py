@@ -445,6 +445,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "batch_size": 8,
         "micro_batch_size": 8,
         "max_steps": 120,
+        "learning_rate": 9e-3,
+        "muon_learning_rate": 0.03,
         "warmup_steps": 10,
         "eval_every": 10_000,
         "checkpoint_every": 10_000,
