@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from hydra.attention import refuse_missing_records
+from hydra.attention.code import refuse_equal_names
 from hydra.errors import ConfigError
 from scripts.config import PRESETS, TrainingConfig, as_tuple, closest, describe_problem, must
 
@@ -97,6 +98,7 @@ class ComparisonConfig:
             try:
                 # What an arm was recorded with stays; the config is being made, and nobody has seen it yet.
                 known = {**config.attention_code, **config.training_config(attention).attention_code}
+                refuse_equal_names(known)
                 object.__setattr__(config, "attention_code", known)
             except ConfigError as error:
                 problems += [line for line in str(error).splitlines() if line not in problems]

@@ -74,6 +74,12 @@ def record_code(names: Iterable[str], known: Records, root: Path) -> dict[str, d
             others = there["options"] if there.get("sha256") == sha256 else {}
             there = {"sha256": sha256, "options": {**others, class_name: options}}
         records[path] = there
+    refuse_equal_names(records)
+    return records
+
+
+def refuse_equal_names(records: Records) -> None:
+    """Return if every file that records name can stand in one folder; ConfigError for two of one name."""
     files: dict[str, str] = {}
     for path, record in records.items():
         if files.setdefault(Path(path).name, record["sha256"]) != record["sha256"]:
@@ -81,7 +87,6 @@ def record_code(names: Iterable[str], known: Records, root: Path) -> dict[str, d
                 f"files of attention classes must have names of their own, since a run keeps them in one folder, but "
                 f"got several that are called {Path(path).name}; rename one"
             )
-    return records
 
 
 def read_code(path: Path, class_name: str) -> tuple[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 B batch, T queries, S keys, N query heads, K key/value heads, H head width.
 """
 
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -62,6 +63,8 @@ def check_kernel(kernel: str, device_type: str, dtype: torch.dtype | None = None
             reason = f"flash-attn computes on a GPU only, and the device is {device_type}"
         elif importlib.util.find_spec("flash_attn") is None:
             reason = "flash-attn is not installed; pip install 'hydra-workspace[flash]' compiles it"
+        elif int(importlib.metadata.version("flash_attn").split(".")[0]) < 2:
+            reason = f"flash-attn must be 2 or newer, and {importlib.metadata.version('flash_attn')} is installed"
         elif dtype not in (None, torch.bfloat16, torch.float16):
             reason = f"flash-attn takes bfloat16 and float16 only, and the dtype is {dtype}"
         elif score_width > MAX_FLASH_WIDTH:

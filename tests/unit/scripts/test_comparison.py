@@ -87,3 +87,16 @@ def test_what_cannot_be_made_equal_is_left_out_with_the_reason() -> None:
     reasons = {one.name: one.reason for one in left_out}
     assert "no layer of it has one" in reasons["lightning"]
     assert "the same model as gqa(n_kv_heads=4)" in reasons["gqa(n_kv_heads=1)"]
+
+
+def test_large_presets_can_be_compared() -> None:
+    """Their options are those of gqa, and not every arm has them."""
+    config = ComparisonConfig.from_parameters(
+        {"preset": "50M", "baseline": "gqa(n_kv_heads=8)", "arms": ["ccgqa", "mla"]}
+    )
+    assert config.training_config("mla").attention_options == {}
+
+
+def test_options_that_set_caches_are_not_mixed() -> None:
+    _, left_out = build_arms(comparison(arms=["ccgqa", "3*mla, gqa"]), "kv_bytes")
+    assert ["kv_latent_width and n_kv_heads" in one.reason for one in left_out] == [True]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hydra.attention.core import choose_kernel
+from hydra.attention.core import KERNELS, choose_kernel
 from hydra.errors import ConfigError, MemoryLimitError
 from hydra.kernels.dispatch import is_triton_installed
 from hydra.model.framework import HydraModel
@@ -202,3 +202,11 @@ def test_a_run_on_tritons_kernels_is_rehearsed_without_a_gpu() -> None:
         choices = dataclasses.replace(EAGER, device="cuda", kernels=kernels, micro_batch_size=4)
         n_blocks[kernels] = len(rehearse(config, choices, 257).blocks)
     assert n_blocks["triton"] < n_blocks["torch"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_attention_kernel_can_be_rehearsed(kernel: str) -> None:
+    """Those of a GPU as well, on tensors that stand on the CPU."""
+    config = TrainingConfig.preset("tiny", compile_from_step=None)
+    choices = dataclasses.replace(EAGER, attention_kernel=kernel, micro_batch_size=4)
+    assert rehearse(config, choices, 257).blocks
