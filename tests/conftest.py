@@ -1,6 +1,7 @@
 """Fixtures that several folders of tests share: a small corpus of our own making, and real trainers on it."""
 
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -12,9 +13,26 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from hydra.kernels.dispatch import is_triton_installed
 from scripts.config import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
+
+
+def import_interpreted() -> None:
+    """Import triton, and all kernels, as the interpreter; processes that tests start are not told."""
+    assert "triton" not in sys.modules, "triton must not be imported before tests/conftest.py is"
+    os.environ["TRITON_INTERPRET"] = "1"
+    triton = importlib.import_module("triton")
+    for path in sorted((ROOT / "hydra").rglob("_triton/[a-z]*.py")):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    del os.environ["TRITON_INTERPRET"]
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
+
+
+if is_triton_installed():
+    import_interpreted()
 
 
 @pytest.fixture(scope="session")
