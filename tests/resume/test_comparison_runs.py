@@ -104,8 +104,9 @@ def test_a_folder_of_the_other_kind_is_refused(make_comparison: Callable[[str], 
 
 
 def wait_for_runs(process: "subprocess.Popen[str]", run_dir: Path, n_runs: int) -> None:
+    """Until this process owns the comparison and so many runs are counted, maybe by those before it."""
     deadline = time.monotonic() + 120
-    while Run(run_dir).status().step < n_runs:
+    while (status := Run(run_dir).status()).pid != process.pid or status.step < n_runs:
         assert process.poll() is None, "the comparison ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
