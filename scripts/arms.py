@@ -98,9 +98,8 @@ def measure(config: TrainingConfig, name: str, attention: str) -> Arm:
     with torch.device("meta"):
         model = HydraModel(config.model_spec()).to(torch.bfloat16)
     n_tokens = config.context_length
-    layers = [block.attention for block in model.typed_blocks()]
-    cache_bytes = sum(layer.kv_bytes_per_token * n_tokens + layer.constant_state_bytes for layer in layers)
-    return Arm(name, attention, config, model.n_parameters(), model.forward_flops(n_tokens), cache_bytes)
+    flops, cache_bytes = model.forward_flops(n_tokens), model.cache_bytes(n_tokens)
+    return Arm(name, attention, config, model.n_parameters(), flops, cache_bytes)
 
 
 def solve_feed_forward(config: ComparisonConfig, name: str, attention: str, equal: str, target: int) -> Arm:

@@ -124,6 +124,5 @@ def _cache_bytes(model: HydraModel, n_tokens: int) -> dict[str, float]:
     """Of one row: what the tensors of a cache take, and what the layers' formulas say."""
     cache = model.new_cache(1, n_tokens)
     tensors = [tensor for layer in cache.layers for tensor in (*layer.token_tensors(), *layer.state_tensors())]
-    layers = [block.attention for block in model.typed_blocks()]
-    by_formula = sum(layer.kv_bytes_per_token * n_tokens + layer.constant_state_bytes for layer in layers)
-    return {"cache_bytes": sum(tensor.nbytes for tensor in tensors), "cache_bytes_by_formula": by_formula}
+    measured = sum(tensor.nbytes for tensor in tensors)
+    return {"cache_bytes": measured, "cache_bytes_by_formula": model.cache_bytes(n_tokens)}

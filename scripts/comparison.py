@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from hydra.attention import refuse_missing_records
 from hydra.attention.code import refuse_equal_names
 from hydra.errors import ConfigError
-from scripts.config import PRESETS, TrainingConfig, as_tuple, closest, describe_problem, must
+from scripts.config import PRESETS, TrainingConfig, as_papermill_arguments, as_tuple, closest, describe_problem, must
 
 EQUALITIES: tuple[Literal["parameters", "flops", "kv_bytes"], ...] = ("parameters", "flops", "kv_bytes")
 # What every arm gets from the comparison itself.
@@ -164,19 +164,10 @@ class ComparisonConfig:
 
     def papermill_arguments(self) -> list[str]:
         """The `papermill` arguments that ask for this comparison."""
-        arguments: list[str] = []
-        for name, value in _flat(self).items():
-            if name == "attention_code":
-                continue  # read again from the files that arms name
-            if value == _flat(ComparisonConfig()).get(name):
-                continue
-            if isinstance(value, str):
-                arguments += ["-r", name, value]
-            elif isinstance(value, bool | int | float):
-                arguments += ["-p", name, repr(value)]
-            else:
-                arguments += ["-y", json.dumps({name: value})]
-        return arguments
+        defaults = _flat(ComparisonConfig())
+        return as_papermill_arguments(
+            {name: value for name, value in _flat(self).items() if value != defaults.get(name)}
+        )
 
     def question(self) -> str:
         """What is asked for, in words."""

@@ -377,16 +377,22 @@ class TrainingConfig:
     def papermill_arguments(self) -> list[str]:
         """The `papermill` arguments that ask for this config of a notebook that assigns nothing but `preset`."""
         arguments = [] if self.preset_name == "debug" else ["-p", "preset", self.preset_name]
-        for name, (_, value) in self.differences().items():
-            if name == "attention_code":
-                continue  # read again from the files that `attention` names
-            if isinstance(value, str):
-                arguments += ["-r", name, value]
-            elif isinstance(value, bool | int | float):
-                arguments += ["-p", name, repr(value)]
-            else:
-                arguments += ["-y", json.dumps({name: value})]
-        return arguments
+        return arguments + as_papermill_arguments({name: mine for name, (_, mine) in self.differences().items()})
+
+
+def as_papermill_arguments(values: Mapping[str, object]) -> list[str]:
+    """The `papermill` arguments that assign `values`, but for attention_code, which is read from files again."""
+    arguments: list[str] = []
+    for name, value in values.items():
+        if name == "attention_code":
+            continue
+        if isinstance(value, str):
+            arguments += ["-r", name, value]
+        elif isinstance(value, bool | int | float):
+            arguments += ["-p", name, repr(value)]
+        else:
+            arguments += ["-y", json.dumps({name: value})]
+    return arguments
 
 
 def _size(d_model: int, n_layers: int, head_width: int, n_kv_heads: int, **fields: object) -> Mapping[str, object]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hydra.notebook.figures import environment_section
-from hydra.notebook.markup import Section, escape, figure, format_bytes, format_number, table
+from hydra.notebook.markup import Section, empty_section, escape, figure, format_bytes, format_number, table
 from hydra.notebook.progress import format_duration
 from hydra.runtime import Run, RunStatus, paths
 
@@ -69,7 +69,7 @@ def verdicts_section(run: Run) -> Section:
 
     comparisons = _comparisons(run)
     if not comparisons:
-        return _nothing("verdicts", "No arm has been compared yet.")
+        return empty_section("verdicts", "No arm has been compared yet.")
     bodies, texts = [], []
     for equal, found in comparisons.items():
         comparison = found["comparison"]
@@ -120,7 +120,7 @@ def arms_section(run: Run) -> Section:
     """See `show_arms`."""
     comparisons = paths.read_json(run.directory / paths.RESULTS).get("comparisons", {})
     if not comparisons:
-        return _nothing("arms", "No widths have been solved for yet.")
+        return empty_section("arms", "No widths have been solved for yet.")
     header = ("arm", "as trained", "feed-forward width", "parameters", "forward FLOPs", "cache of a row")
     bodies, texts = [], []
     for equal, found in comparisons.items():
@@ -148,7 +148,7 @@ def learning_rates_section(run: Run) -> Section:
     comparisons = paths.read_json(run.directory / paths.RESULTS).get("comparisons", {})
     chosen = {equal: found["learning_rates"] for equal, found in comparisons.items() if "learning_rates" in found}
     if not chosen:
-        return _nothing("learning-rates", "No learning rate has been chosen yet.")
+        return empty_section("learning-rates", "No learning rate has been chosen yet.")
     bodies, texts = [], []
     for equal, arms in chosen.items():
         tried = list(next(iter(arms.values()))["tried"])
@@ -172,7 +172,7 @@ def costs_section(run: Run) -> Section:
     """See `show_costs`."""
     costs = paths.read_json(run.directory / paths.RESULTS).get("costs", {})
     if not costs:
-        return _nothing("costs", "Nothing has been measured yet.")
+        return empty_section("costs", "Nothing has been measured yet.")
     lengths = list(costs)
     names = list(costs[lengths[0]])
     bodies, texts = [], []
@@ -225,7 +225,3 @@ def _hours(hours: float | None) -> str:
 
 def _shorten(name: str) -> str:
     return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}…"
-
-
-def _nothing(name: str, sentence: str) -> Section:
-    return Section(name, f"<p>{escape(sentence)}</p>", sentence)

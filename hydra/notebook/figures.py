@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
-from hydra.notebook.markup import Section, escape, facts, figure, format_bytes, format_number, table
+from hydra.notebook.markup import Section, empty_section, escape, facts, figure, format_bytes, format_number, table
 from hydra.notebook.progress import format_duration
 from hydra.runtime import Run
 from hydra.runtime.memory import MemoryPlan
@@ -77,7 +77,7 @@ def corpus_section(run: Run) -> Section:
     """See `show_corpus`."""
     manifest = run.manifest()
     if not manifest:
-        return _nothing("corpus", "The corpus has not been prepared.")
+        return empty_section("corpus", "The corpus has not been prepared.")
     corpus, tokenizer, splits = (
         _mapping(manifest["corpus"]),
         _mapping(manifest["tokenizer"]),
@@ -151,7 +151,7 @@ def memory_section(run: Run) -> Section:
     """See `show_memory`."""
     stored = run.memory_plan()
     if stored is None:
-        return _nothing("memory", "No memory has been planned.")
+        return empty_section("memory", "No memory has been planned.")
     predicted = stored.prediction.total / MIB
     measured = max((_float(record["peak_mem_mib"]) for record in run.metrics() if "peak_mem_mib" in record), default=0)
     values: dict[str, object] = {"peak memory, predicted": f"{predicted:,.0f} MiB"}
@@ -186,7 +186,7 @@ def curves_section(run: Run) -> Section:
     train = [record for record in records if "loss_nats" in record]
     val = [record for record in records if "val_loss_nats" in record]
     if not train and not val:
-        return _nothing("curves", "No step has been logged.")
+        return empty_section("curves", "No step has been logged.")
 
     def line(key: str, rows: Sequence[Mapping[str, object]], label: str = "") -> Line:
         present = [row for row in rows if row.get(key) is not None]
@@ -226,7 +226,7 @@ def loss_section(run: Run) -> Section:
 
     train = [record for record in run.metrics() if "loss_nats" in record]
     if not train:
-        return _nothing("loss", "No step has been logged.")
+        return empty_section("loss", "No step has been logged.")
     x, y = [_float(record["step"]) for record in train], [_float(record["loss_nats"]) for record in train]
     sentence = _describe_line("training loss", x, y, "nats per token")
     picture = line_chart([Line("training loss", x, y)], "nats per token")
@@ -238,7 +238,7 @@ def samples_section(run: Run) -> Section:
     """See `show_samples`."""
     samples = run.samples()
     if not samples:
-        return _nothing("samples", "No text sample has been written.")
+        return empty_section("samples", "No text sample has been written.")
     shown = samples
     if len(samples) > MAX_SAMPLES:
         shown = [samples[round(index * (len(samples) - 1) / (MAX_SAMPLES - 1))] for index in range(MAX_SAMPLES)]
@@ -259,7 +259,7 @@ def yardsticks_section(run: Run) -> Section:
     for record in [record for record in run.metrics() if "val_bits_per_byte" in record][-1:]:
         rows.append((f"this run, step {record['step']}", _float(record["val_bits_per_byte"])))
     if not rows:
-        return _nothing("yardsticks", "Nothing has been measured on the validation text.")
+        return empty_section("yardsticks", "Nothing has been measured on the validation text.")
     rows.sort(key=lambda row: -row[1])
     highlighted = next((index for index, row in enumerate(rows) if row[0].startswith("this run")), -1)
     sentence = (
@@ -275,7 +275,7 @@ def environment_section(run: Run) -> Section:
     environment = run.environment()
     sessions = [_mapping(session) for session in _sequence(environment.get("sessions", []))]
     if not sessions:
-        return _nothing("environment", "No trainer has begun.")
+        return empty_section("environment", "No trainer has begun.")
     body = ""
     for number, session in enumerate(sessions, start=1):
         values = {name.replace("_", " "): _shown(value) for name, value in session.items() if name != "packages"}
@@ -307,10 +307,6 @@ def _describe_line(name: str, x: Sequence[float], y: Sequence[float], unit: str)
         f"{name.capitalize()} goes from {format_number(y[0])} at step {x[0]:,.0f} to {format_number(y[-1])} at step "
         f"{x[-1]:,.0f} ({unit}; lowest {format_number(min(y))}, highest {format_number(max(y))})."
     )
-
-
-def _nothing(name: str, sentence: str) -> Section:
-    return Section(name, f"<p>{escape(sentence)}</p>", sentence)
 
 
 def _shown(value: object) -> str:

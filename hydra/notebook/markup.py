@@ -42,6 +42,11 @@ class Section:
         display({"text/html": self.to_html(), "text/plain": self.text}, raw=True)
 
 
+def empty_section(name: str, sentence: str) -> Section:
+    """A section that says why there is nothing to show yet."""
+    return Section(name, f"<p>{escape(sentence)}</p>", sentence)
+
+
 def escape(value: object) -> str:
     """The value as text that means itself in HTML, in attributes too."""
     return html.escape(str(value), quote=True)

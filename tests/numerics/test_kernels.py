@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hydra.attention.core import KERNELS, check_kernel, choose_kernel, softmax_attention
+from hydra.attention.core import KERNELS, ONLY_ON_GPU, check_kernel, choose_kernel, softmax_attention
 from hydra.attention.masks import AttentionContext, TokenHistory, build_context, interval_mask, to_additive
 from hydra.errors import ConfigError
 from hydra.kernels.blocked_attention import MAX_BLOCKS, QUERY_BLOCK, blocked_attention
@@ -23,7 +23,7 @@ from hydra.testing.tolerances import assert_close
 pytestmark = pytest.mark.usefixtures("nan_poisoned_memory")
 LONG = QUERY_BLOCK * MAX_BLOCKS + 3
 """More than so many blocks of the usual length."""
-CPU_KERNELS = [kernel for kernel in KERNELS if kernel not in ("flex", "flash")]
+CPU_KERNELS = [kernel for kernel in KERNELS if kernel not in ONLY_ON_GPU]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 

@@ -142,6 +142,11 @@ class HydraModel(nn.Module):
         layers = [block.attention.new_cache(batch_size, max_tokens, history=history) for block in self.typed_blocks()]
         return ModelCache(history, layers)
 
+    def cache_bytes(self, n_tokens: int) -> int:
+        """Bytes of the cache of one row of n_tokens tokens by the layers' formulas, in the dtype of the parameters."""
+        layers = [block.attention for block in self.typed_blocks()]
+        return sum(layer.kv_bytes_per_token * n_tokens + layer.constant_state_bytes for layer in layers)
+
     def typed_blocks(self) -> Iterable[Block]:
         """The blocks, of their own type: ModuleList has none."""
         return cast("Iterable[Block]", self.blocks)
