@@ -21,12 +21,19 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#include "common.h"
+#include "tiles.h"
+
+#if defined(__AMX_BF16__)
+namespace at::cpu {  // of libtorch_cpu: asks the system for the use of tiles; false where it has none
+bool init_amx();
+}
+#endif
 
 namespace {
 
@@ -453,6 +460,152 @@ AtenTensorHandle linear(AtenTensorHandle x_handle, const AtenTensorHandle* handl
 constexpr int64_t kChunk = 512;  // keys of one work item; the same whatever the threads, so that these change no bit
 constexpr int64_t kBlock = 64;   // keys whose values lie in the first cache by the time that they have weights
 
+// Asks for the memory that is needed next. A few lines at a time and all the time: only so many can be on their way, so
+// what is asked for in one go has the processor wait, and memory idles until the next time.
+class Ahead {
+  public:
+    Ahead(const void* keys, int64_t key_bytes, const void* values, int64_t value_bytes)
+        : next_(static_cast<const char*>(keys)), stop_(next_ + key_bytes), values_(static_cast<const char*>(values)),
+          value_bytes_(value_bytes) {}
+
+    void ask(int64_t n_lines) {
+        for (; n_lines > 0 && next_ != nullptr; --n_lines) {
+            __builtin_prefetch(next_, 0, 2);  // into the second cache: the first has too few places for what is under way
+            if ((next_ += kLine) >= stop_) {
+                next_ = std::exchange(values_, nullptr);
+                stop_ = next_ + value_bytes_;
+            }
+        }
+    }
+
+  private:
+    const char *next_, *stop_, *values_;
+    int64_t value_bytes_;
+};
+
+// One block of keys and values for all query heads of a group by the processor's matrix unit, where it has one.
+template <class X>
+class GroupTiles {
+  public:
+    static bool take(int64_t, int64_t, int64_t) { return false; }
+    GroupTiles(const X*, int64_t, int64_t, int64_t) {}
+    void score(const X*, float, float*, Ahead&) const {}
+    void add_values(const X*, const float*, const float*, float*, Ahead&) const {}
+};
+
+#if defined(__AMX_BF16__)
+// It multiplies tiles of at most 16 rows of 64 bytes, the second of which holds pairs (row l: numbers 2 l and 2 l + 1 of
+// each column).
+template <>
+class GroupTiles<bf16> {
+    static constexpr int64_t kHeads = 16;
+
+  public:
+    // Below three heads a product of vectors takes less time than the tiles.
+    static bool take(int64_t group, int64_t width, int64_t value_width) {
+        static const bool is_allowed = at::cpu::init_amx();
+        return is_allowed && group > 2 && group <= kHeads && width % 32 == 0 && value_width % 32 == 0;
+    }
+
+    GroupTiles(const bf16* q_GH, int64_t group, int64_t width, int64_t value_width)
+        : group_(group), width_(width), value_width_(value_width), q_pairs_(kHeads * width / 2) {
+        std::vector<uint32_t> rows(kHeads * width / 2);
+        std::memcpy(rows.data(), q_GH, group * width * sizeof(bf16));
+        transpose_words(rows.data(), q_pairs_.data(), kHeads, width / 2);
+        alignas(64) struct {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } shapes;
+        auto shape = [&](int tile, int64_t rows, int64_t row_bytes) {
+            shapes.rows[tile] = static_cast<uint8_t>(rows), shapes.row_bytes[tile] = static_cast<uint16_t>(row_bytes);
+        };
+        shape(0, 16, 64), shape(1, 16, 64);        // scores of 16 keys
+        shape(2, 16, 64);                          // 32 numbers of 16 keys, or 16 columns of 32 values
+        shape(3, 16, 64);                          // 32 numbers of the queries
+        shape(4, group, 64), shape(5, group, 64);  // 16 columns of the weighted values
+        shape(6, group, 64), shape(7, group, 64);  // weights of 32 keys
+        // The intrinsics do not tell GCC that memory is read: without this, it may drop what was stored.
+        asm volatile("" ::"r"(q_pairs_.data()), "r"(&shapes) : "memory");
+        _tile_loadconfig(&shapes);
+    }
+    ~GroupTiles() { _tile_release(); }
+
+    void score(const bf16* k_SH, float scale, float* scores_GS, Ahead& ahead) const {
+        alignas(64) float sums_SG[kBlock][kHeads], sums_GS[kHeads][kBlock];
+        for (int64_t start = 0; start < kBlock; start += 32) {
+            const bf16* k = k_SH + start * width_;
+            _tile_zero(0);
+            _tile_zero(1);
+            for (int64_t h = 0; h < width_; h += 32) {
+                ahead.ask(16);
+                _tile_loadd(3, q_pairs_.data() + h / 2 * kHeads, 64);
+                _tile_loadd(2, k + h, 2 * width_);
+                _tile_dpbf16ps(0, 2, 3);
+                _tile_loadd(2, k + 16 * width_ + h, 2 * width_);
+                _tile_dpbf16ps(1, 2, 3);
+            }
+            _tile_stored(0, sums_SG[start], 64);
+            _tile_stored(1, sums_SG[start + 16], 64);
+        }
+        transpose_words(sums_SG, sums_GS, kBlock, kHeads);
+        for (int64_t g = 0; g < group_; ++g)
+            for (int64_t s = 0; s < kBlock; s += 16) store(scores_GS + g * kBlock + s, load(sums_GS[g] + s) * scale);
+    }
+
+    // sums = factor * sums + weights * values
+    void add_values(const bf16* v_SE, const float* weights_GS, const float* factors_G, float* sums_GE, Ahead& ahead) const {
+        bf16 weights[kHeads * kBlock];
+        for (int64_t i = 0; i < group_ * kBlock; i += 16) store(weights + i, load(weights_GS + i));
+        asm volatile("" ::"r"(weights) : "memory");
+        _tile_loadd(6, weights, 2 * kBlock);
+        _tile_loadd(7, weights + 32, 2 * kBlock);
+        alignas(64) bf16 pairs[2][2][kBlock / 2][32];
+        alignas(64) float added[2][kHeads][16];
+        const int32x16 kFirst = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23};
+        auto interleave = [&](int64_t e, auto& pairs) {
+            for (int64_t s = 0; s < kBlock; s += 2) {
+                const bf16* v = v_SE + s * value_width_ + e;
+                ahead.ask(2);
+                const __m512i even = _mm512_loadu_si512(v), odd = _mm512_loadu_si512(v + value_width_);
+                // Within each quarter of a vector: columns 0 to 3 of every 8 to the one, 4 to 7 to the other.
+                _mm512_store_si512(pairs[0][s / 2], _mm512_unpacklo_epi16(even, odd));
+                _mm512_store_si512(pairs[1][s / 2], _mm512_unpackhi_epi16(even, odd));
+            }
+            asm volatile("" ::"r"(pairs) : "memory");
+        };
+        interleave(0, pairs[0]);
+        for (int64_t e = 0; e < value_width_; e += 32) {
+            const auto& now = pairs[e / 32 % 2];
+            // The next ones meanwhile: a tile is loaded late from memory that has just been written.
+            if (e + 32 < value_width_) interleave(e + 32, pairs[(e / 32 + 1) % 2]);
+            _tile_zero(4);
+            _tile_zero(5);
+            _tile_loadd(2, now[0][0], 64);
+            _tile_dpbf16ps(4, 6, 2);
+            _tile_loadd(2, now[1][0], 64);
+            _tile_dpbf16ps(5, 6, 2);
+            _tile_loadd(2, now[0][16], 64);
+            _tile_dpbf16ps(4, 7, 2);
+            _tile_loadd(2, now[1][16], 64);
+            _tile_dpbf16ps(5, 7, 2);
+            _tile_stored(4, added[0], 64);
+            _tile_stored(5, added[1], 64);
+            for (int64_t g = 0; g < group_; ++g) {
+                float* sums = sums_GE + g * value_width_ + e;
+                const float16 low = load(added[0][g]), high = load(added[1][g]);
+                store(sums, load(sums) * factors_G[g] + __builtin_shuffle(low, high, kFirst));
+                store(sums + 16, load(sums + 16) * factors_G[g] + __builtin_shuffle(low, high, kFirst + 8));
+            }
+        }
+    }
+
+  private:
+    int64_t group_, width_, value_width_;
+    std::vector<uint32_t> q_pairs_;
+};
+#endif
+
 // What one chunk of keys gives: for each query head of the group the largest score, the sum of weights and of weighted
 // values, both relative to that score.
 template <class X>
@@ -497,6 +650,8 @@ struct Attention {
         std::fill_n(tops_G, group(), -INFINITY), std::fill_n(totals_G, group() * (1 + value_width), 0.f);
         thread_local std::vector<float> weights, factors;
         weights.resize(group() * kBlock), factors.resize(group());
+        std::optional<GroupTiles<X>> tiles;
+        if (GroupTiles<X>::take(group(), width, value_width)) tiles.emplace(q_GH, group(), width, value_width);
         for (int64_t start = item.start; start < item.stop; start += kBlock) {
             const int64_t n = std::min(kBlock, item.stop - start);
             float added[kBlock];
@@ -504,13 +659,22 @@ struct Attention {
             for (int64_t s = 0; s < kBlock; ++s) added[s] = s < n ? to_float(mask_S[start + s]) : -INFINITY;
             for (int64_t s = 0; s < n; ++s) seen[n_seen] = static_cast<int32_t>(s), n_seen += added[s] != -INFINITY;
             if (n_seen == 0) continue;
-            score(q_GH, k_SH + start * width, v_SE + start * value_width, n, weights.data());
-            for (int64_t g = 0; g < group(); ++g)
+            const X *k = k_SH + start * width, *v = v_SE + start * value_width, *next_k = k + kBlock * width;
+            const bool is_tiled = tiles && n_seen == kBlock;  // what is not seen may be NaN, which no weight of 0 removes
+            Ahead ahead(next_k, kBlock * width * sizeof(X), v + kBlock * value_width, kBlock * value_width * sizeof(X));
+            if (is_tiled) tiles->score(k, scale(), weights.data(), ahead);
+            else score(q_GH, k, v, n, weights.data());
+            for (int64_t g = 0; g < group(); ++g) {
+                if (is_tiled) ahead.ask(96 / group());
                 factors[g] = weigh(added, weights.data() + g * kBlock, tops_G[g], totals_G[g]);
+            }
+            if (is_tiled) {
+                tiles->add_values(v, weights.data(), factors.data(), sums_GE, ahead);
+                continue;
+            }
             int64_t g = 0;
-            const X *v_start = v_SE + start * value_width, *next_k = k_SH + (start + kBlock) * width;
             auto add = [&]<int C>() {
-                add_values<C>(v_start, next_k, seen, n_seen, weights.data() + g * kBlock, factors.data() + g, sums_GE + g * value_width);
+                add_values<C>(v, next_k, seen, n_seen, weights.data() + g * kBlock, factors.data() + g, sums_GE + g * value_width);
                 g += C;
             };
             while (g + 4 <= group()) add.template operator()<4>();
@@ -519,14 +683,15 @@ struct Attention {
         }
     }
 
+    float scale() const { return 1 / std::sqrt(static_cast<float>(width)); }
+
     // Asks for the values meanwhile, and while these are added up for the next keys: memory is never idle.
     void score(const X* q_GH, const X* k_SH, const X* v_SE, int64_t n, float* scores) const {
-        const float scale = 1 / std::sqrt(static_cast<float>(width));
         auto dots = [&]<int R, int C>(int64_t s, int64_t g) {
             float out[R][C];
             dot_rows<R, C, false>(k_SH + s * width, q_GH + g * width, width, out);
             for (int r = 0; r < R; ++r)
-                for (int c = 0; c < C; ++c) scores[(g + c) * kBlock + s + r] = out[r][c] * scale;
+                for (int c = 0; c < C; ++c) scores[(g + c) * kBlock + s + r] = out[r][c] * scale();
         };
         auto rows = [&]<int R>(int64_t s) {
             const char* values = reinterpret_cast<const char*>(v_SE + s * value_width);
