@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hydra.errors import ConfigError
 from hydra.kernels import tiled_attention as module
 from hydra.kernels.reference.tiled_attention import tiled_attention as reference
 from hydra.kernels.tiled_attention import AMX, FLOAT32, PAIRS, TILE, native_products, tiled_attention
@@ -96,6 +97,7 @@ def check(
         (1, 1, 1, TILE + 3, TILE + 3),
         (1, 1, 2, 1, 300),
         (1, 3, 1, 300, 300),
+        (1, 1, 2, 5, 259),  # the last key of the first tile is the second query's own
     ],
     ids=str,
 )
@@ -114,11 +116,24 @@ def test_windows(dtype: torch.dtype, window: int) -> None:
     check(dtype, (2, 1, 2, 400, 600), first_visible_BT=first_visible_BT)
 
 
-def test_documents(dtype: torch.dtype) -> None:
-    """Others in each row; some end at the border of a tile, some have one token, in which a gradient is 0."""
-    lengths = [(256, 128, 1, 215), (3, 597)]
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(256, 128, 1, 215), (3, 597)],  # some end at the border of a tile, some have one token: a gradient is 0
+        [(257, 900, 40)],  # one begins a key into a tile; to the last one several tiles show nothing
+    ],
+    ids=["others in each row", "long"],
+)
+def test_documents(dtype: torch.dtype, lengths: list[tuple[int, ...]]) -> None:
     starts = [torch.tensor([sum(row[:n]) for n, length in enumerate(row) for _ in range(length)]) for row in lengths]
-    check(dtype, (2, 2, 1, 600, 600), first_visible_BT=torch.stack(starts))
+    n_tokens = sum(lengths[0])
+    check(dtype, (len(lengths), 2, 1, n_tokens, n_tokens), first_visible_BT=torch.stack(starts))
+
+
+def test_keys_that_no_query_sees(dtype: torch.dtype) -> None:
+    """Tiles of them, which are not visited: their gradients are 0."""
+    first_visible_BT = torch.arange(900, 910)[None] - 20
+    check(dtype, (2, 1, 2, 10, 910), first_visible_BT=first_visible_BT)
 
 
 def test_large_scores(dtype: torch.dtype) -> None:
@@ -136,14 +151,97 @@ def test_large_scores(dtype: torch.dtype) -> None:
         assert_close(tiled_attention(q, sign * k, v), reference(q, sign * k, v), dtype, "outputs")
 
 
+@pytest.mark.parametrize("place", [0, 1, 100, 254, 255, TILE + 1])
+def test_one_large_score(dtype: torch.dtype, place: int) -> None:
+    """Wherever it is in a tile, it is found: a float32 does not hold the exponential of 200."""
+    q, v = torch.ones(1, 1, 1, 300, 16, dtype=dtype), random_activations(1, 1, TILE + 300, 16, dtype=dtype)
+    for score in (200, -200):
+        k = torch.zeros_like(v)
+        k[:, :, place] = score / 4
+        assert_close(tiled_attention(q, k, v), reference(q, k, v), dtype, "outputs")
+
+
+def test_sums_are_not_rounded(dtype: torch.dtype) -> None:
+    """Every query sees as many keys, a power of two, with one weight: bfloat16 may round whole numbers' means once."""
+    n_queries, window, width = 600, 512, 20
+    if dtype == torch.bfloat16 and module.native_products(dtype) is None:
+        pytest.skip("products of matrices in bfloat16 are rounded themselves")
+    n_keys = n_queries + window - 1
+    q = torch.zeros(1, 1, 2, n_queries, 16, dtype=dtype)
+    v_BKSE, weight = (
+        torch.randint(9, shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
+        for shape in ((1, 1, n_keys, width), (1, 1, 2, n_queries, width))
+    )
+    inputs = [q, torch.zeros(1, 1, n_keys, 16, dtype=dtype), v_BKSE.requires_grad_()]
+    first_visible_BT = torch.arange(n_queries)[None]
+    results = []
+    for function in (tiled_attention, reference):
+        out = function(*inputs, first_visible_BT)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), inputs[2:])))
+    for actual, expected in zip(*results, strict=True):
+        # Half a unit in the last place of bfloat16, and what float32 costs.
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=torch.finfo(dtype).eps / 2 + 5e-6, atol=0)
+
+
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
-def test_threads_that_share_a_head(dtype: torch.dtype, n_threads: int) -> None:
+@pytest.mark.parametrize("sizes", [(1, 1, 2, 600, 700), (2, 2, 2, 300, 700)], ids=str)
+def test_threads_that_share_a_head(dtype: torch.dtype, sizes: tuple[int, int, int, int, int], n_threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        check(dtype, (1, 1, 2, 600, 700), first_visible_BT=torch.arange(600)[None] // 2)
+        check(dtype, sizes, first_visible_BT=torch.arange(sizes[3])[None] // 2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_lies_beside_is_left_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors are cut out of larger ones of NaN, which are neither read nor written."""
+    larger = []
+
+    def cut_out(tensor: Tensor) -> Tensor:
+        """The same within a larger one: 200 rows and 3 columns more, and another head."""
+        n_batch, n_heads, *group, n_rows, width = tensor.shape
+        whole = torch.full((n_batch, n_heads + 1, *group, n_rows + 200, width + 3), torch.nan, dtype=tensor.dtype)
+        part = whole[:, :n_heads, ..., :n_rows, :width]
+        part.copy_(tensor)
+        larger.append((whole, part))
+        return part
+
+    empty_outputs, empty_gradients = module._empty_outputs, module._empty_gradients
+    monkeypatch.setattr(
+        module, "_empty_outputs", lambda q, v: (cut_out(empty_outputs(q, v)[0]), empty_outputs(q, v)[1])
+    )
+    monkeypatch.setattr(module, "_empty_gradients", lambda *inputs: tuple(map(cut_out, empty_gradients(*inputs))))
+    shapes = ((2, 2, 3, 150, 20), (2, 2, 270, 20), (2, 2, 270, 36), (2, 2, 3, 150, 36))
+    q, k, v, grad = (cut_out(random_activations(*shape, dtype=dtype, seed=seed)) for seed, shape in enumerate(shapes))
+    out, lse = module._attend(q, k, v, None, 0.3)
+    grads = module._differentiate(q, k, v, None, 0.3, out, lse, grad)
+
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = reference(*inputs, None, 0.3)
+    expected_grads = torch.autograd.grad((expected * grad).sum(), inputs)
+    names = ("outputs", "q", "k", "v")
+    for name, actual, wanted in zip(names, (out, *grads), (expected, *expected_grads), strict=True):
+        assert_close(actual, wanted, dtype, name)
+    assert {x.data_ptr() for x in (out, *grads)} <= {part.data_ptr() for _, part in larger}
+    for whole, part in larger:
+        part.fill_(torch.nan)
+        assert whole.isnan().all()
+
+
+def test_any_layout(dtype: torch.dtype) -> None:
+    """A last axis that is not contiguous, an expanded gradient, every second number of a tensor of first keys."""
+    q = random_activations(1, 1, 2, 8, 30, dtype=dtype).transpose(3, 4)
+    k = random_activations(1, 1, 8, 40, dtype=dtype, seed=1).transpose(2, 3)
+    v = random_activations(1, 1, 40, 16, dtype=dtype, seed=2)[..., ::2]
+    first_visible_BT = (torch.arange(60) // 6)[None, ::2]
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    results = []
+    for function in (tiled_attention, reference):
+        out = function(*inputs, first_visible_BT)
+        results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    for name, actual, expected in zip(("outputs", "q", "k", "v"), *results, strict=True):
+        assert_close(actual, expected, dtype, name)
 
 
 def test_the_same_again(dtype: torch.dtype) -> None:
@@ -197,11 +295,40 @@ def test_wrong_operands_are_refused() -> None:
     if native_products(torch.float32) is None:
         pytest.skip("there is no compiler")
     q, kv = torch.ones(1, 1, 1, 4, 8), torch.ones(1, 1, 4, 8)
-    with pytest.raises(RuntimeError, match="must fit together"):
-        tiled_attention(q, kv, torch.ones(1, 2, 4, 8))
+    for others in ((kv, (1, 2, 4, 8)), (kv, (1, 1, 5, 8)), ((1, 1, 4, 9), kv), ((2, 1, 4, 8), (2, 1, 4, 8))):
+        with pytest.raises(RuntimeError, match="must fit together"):
+            tiled_attention(q, *(x if isinstance(x, Tensor) else torch.ones(x) for x in others))
+    with pytest.raises(AssertionError):
+        tiled_attention(torch.ones(1, 1, 1, 5, 8), kv, kv)
+    with pytest.raises(RuntimeError, match="no size may be 0"):
+        tiled_attention(q[:, :, :, :0], kv, kv)
     with pytest.raises(RuntimeError, match="one dtype"):
         tiled_attention(q, kv, kv.bfloat16())
-    with pytest.raises(RuntimeError, match="first_visible must be int64"):
-        tiled_attention(q, kv, kv, torch.zeros(1, 4))
+    for first_visible_BT in (torch.zeros(1, 4), *(torch.zeros(s, dtype=torch.int64) for s in ((1, 3), (2, 4), (4,)))):
+        with pytest.raises(RuntimeError, match="first_visible must be int64"):
+            tiled_attention(q, kv, kv, first_visible_BT)
     with pytest.raises(RuntimeError, match="scale must be positive"):
         tiled_attention(q, kv, kv, None, -1.0)
+
+
+def test_without_a_compiler_plain_torch_does_the_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(name: str) -> None:
+        raise ConfigError(f"{name} needs a compiler")
+
+    monkeypatch.setattr(module, "load_library", refuse)
+    assert native_products.__wrapped__(torch.float32) is None
+    assert "needs a compiler" in caplog.text
+
+
+def test_products_are_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = native_products(torch.bfloat16)
+    assert native_products(torch.float64) is native_products(torch.float16) is None
+    if best is None:
+        pytest.skip("there is no compiler")
+    assert native_products(torch.float32) == FLOAT32
+    has_pairs = torch.ops.hydra.tiled_attention_has_pairs()
+    for has_amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        assert native_products.__wrapped__(torch.bfloat16) == ((PAIRS, AMX)[has_amx] if has_pairs else FLOAT32)
