@@ -5,6 +5,8 @@ B batch, T queries, S keys, K key/value heads, G query heads of each, H width of
 
 import ctypes
 import mmap
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -121,7 +123,8 @@ def test_windows(dtype: torch.dtype, window: int) -> None:
     "lengths",
     [
         [(256, 128, 1, 215), (3, 597)],  # some end at the border of a tile, some have one token: a gradient is 0
-        [(257, 900, 40), (255, 942)],  # begin with a tile's second or last key; several tiles show the last one nothing
+        # Some begin with a tile's second or last key; of the tiles that a tile of queries takes, some show one nothing.
+        [(257, 900, 40), (255, 745, 197)],
     ],
     ids=["others in each row", "long"],
 )
@@ -150,16 +153,6 @@ def test_large_scores(dtype: torch.dtype) -> None:
     v = random_activations(1, 1, length, 16, dtype=dtype)
     for sign in (1, -1):
         assert_close(tiled_attention(q, sign * k, v), reference(q, sign * k, v), dtype, "outputs")
-
-
-@pytest.mark.parametrize("place", [0, 1, 100, 254, 255, TILE + 1])
-def test_one_large_score(dtype: torch.dtype, place: int) -> None:
-    """Wherever it is in a tile, it is found: a float32 does not hold the exponential of 200."""
-    q, v = torch.ones(1, 1, 1, 300, 16, dtype=dtype), random_activations(1, 1, TILE + 300, 16, dtype=dtype)
-    for score in (200, -200):
-        k = torch.zeros_like(v)
-        k[:, :, place] = score / 4
-        assert_close(tiled_attention(q, k, v), reference(q, k, v), dtype, "outputs")
 
 
 def test_weights_are_those_of_the_exponential(dtype: torch.dtype) -> None:
@@ -366,8 +359,9 @@ def test_without_a_compiler_plain_torch_does_the_work(
 def test_products_are_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
     best = native_products(torch.bfloat16)
     assert native_products(torch.float64) is native_products(torch.float16) is None
-    if best is None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("there is no compiler")
+    assert best is not None, "a kernel that does not compile must not go unnoticed: its tests are left out"
     assert native_products(torch.float32) == FLOAT32
     has_pairs = torch.ops.hydra.tiled_attention_has_pairs()
     for has_amx in (False, True):
