@@ -33,6 +33,7 @@ CONTEXT = 16384
 MIN_SHARE = 0.85
 MAX_READ_RATIO = 1.5
 LINEAR_BAND = (3.6, 4.4)
+SETTLE_S = 0.05
 GATE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 """Largest norm of the difference over the norm of what is expected."""
 
@@ -121,11 +122,21 @@ def time_layers(arms: list[Arm], dtype: torch.dtype, n_tokens: int, n_rounds: in
     return {name: statistics.median(times) for name, times in take_turns(steps, n_rounds).items()}
 
 
-def take_turns(steps: dict[str, Callable[[], object]], n_rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round but the first."""
+def take_turns(
+    steps: dict[str, Callable[[], object]], n_rounds: int, settle_s: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round but the first.
+
+    Args:
+        settle_s: wait so long before each step and take it once untimed: OpenMP's threads go on spinning for some
+            milliseconds after their work, on the cores that a step with threads of its own needs.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(n_rounds + 1):
         for name, step in steps.items():
+            if settle_s:
+                time.sleep(settle_s)
+                step()
             started = time.perf_counter()
             step()
             if index > 0:
@@ -168,7 +179,7 @@ def print_decode(dtype: torch.dtype, n_rounds: int) -> None:
             "maximum": lambda words=words: words.max(),
             "sum": lambda words=words: words.view(torch.float32).sum(),
         }
-        medians = {step: statistics.median(times) for step, times in take_turns(steps, n_rounds).items()}
+        medians = {step: statistics.median(times) for step, times in take_turns(steps, n_rounds, SETTLE_S).items()}
         reading = min(medians["maximum"], medians["sum"])
         ratio = medians["attention"] / reading
         verdict = "holds" if ratio <= MAX_READ_RATIO else "MISSED"
