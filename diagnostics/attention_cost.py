@@ -122,20 +122,18 @@ def time_layers(arms: list[Arm], dtype: torch.dtype, n_tokens: int, n_rounds: in
     return {name: statistics.median(times) for name, times in take_turns(steps, n_rounds).items()}
 
 
-def take_turns(
-    steps: dict[str, Callable[[], object]], n_rounds: int, settle_s: float = 0.0
-) -> dict[str, list[float]]:
+def take_turns(steps: dict[str, Callable[[], object]], n_rounds: int, settle_s: float = 0.0) -> dict[str, list[float]]:
     """Seconds of each step in each round but the first.
 
     Args:
-        settle_s: wait so long before each step and take it once untimed: OpenMP's threads go on spinning for some
-            milliseconds after their work, on the cores that a step with threads of its own needs.
+        settle_s: take each step untimed for so long before: OpenMP's threads go on spinning for some milliseconds
+            after their work, on the cores that a step with threads of its own needs.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(n_rounds + 1):
         for name, step in steps.items():
-            if settle_s:
-                time.sleep(settle_s)
+            settled_at = time.perf_counter() + settle_s
+            while time.perf_counter() < settled_at:
                 step()
             started = time.perf_counter()
             step()
