@@ -33,6 +33,18 @@ class NotFiniteError(HydraError):
     """A loss or gradient that is not finite; raised before the optimizer moves."""
 
 
+class SpikeError(HydraError):
+    """A loss or gradient far beyond what was usual, once more than the run may skip."""
+
+
+class OutOfMemoryError(HydraError):
+    """Memory that was refused although everything that may be made smaller is."""
+
+
+class DiskFullError(HydraError):
+    """A disk without room for what must be written."""
+
+
 class QuantisationError(HydraError):
     """A model that loses more by coarser weights than was allowed."""
 

@@ -151,6 +151,14 @@ class ComparisonConfig:
             refuse_missing_records(attention, stored["attention_code"])
         return cls(**stored)
 
+    def may_change(self) -> frozenset[str]:
+        """Nothing: a comparison goes on as it was started."""
+        return frozenset()
+
+    def is_met_by(self, n_done: int) -> bool:
+        """Always: a comparison that is done stays so."""
+        return True
+
     def differences(self, other: "ComparisonConfig | None" = None) -> dict[str, tuple[object, object]]:
         """Fields that differ from `other` (left out: from the defaults), as (other's value, own value)."""
         theirs, mine = _flat(other or ComparisonConfig()), _flat(self)

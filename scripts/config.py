@@ -137,6 +137,11 @@ class TrainingConfig:
     2110.02861, by torchao, whose step is always compiled)."""
     max_gradient_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradients are scaled down to this L2 norm over all parameters when they exceed it."""
+    spike_deviations: Annotated[float, Field(ge=0.0)] = 12.0
+    """A step whose loss or gradient norm lies so many standard deviations (of their medians over the last 128 steps)
+    above what was usual is not taken; 0: only those that are not finite are not."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps of the run that may be skipped so; one more ends it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the initial weights, the order of the data and the text samples."""
 
@@ -176,6 +181,13 @@ class TrainingConfig:
     """Steps between two checkpoints; there is one at the end and at SIGTERM as well."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Whether the checkpoint with the lowest loss on the validation text is written and kept as well."""
+    when_disk_is_full: Literal["stop", "go_on"] = "stop"
+    """What a checkpoint does for which there is no room: end the run, or leave it to the next one."""
+    allow_changes: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    """Fields in which a run that goes on may differ from how it was started, such as max_steps. Any other difference
+    is refused, but for micro_batch_size, which changes rounding alone."""
     sample_tokens: Annotated[int, Field(ge=0)] = 120
     """Tokens of the text sample that is written at each evaluation; 0: no samples."""
     sample_prompt: str = "def "
@@ -194,6 +206,13 @@ class TrainingConfig:
             "warmup_steps",
             f"be at most max_steps={self.max_steps}",
             self.warmup_steps,
+        )
+        unknown = sorted(set(self.allow_changes) - CHANGEABLE)
+        must(
+            not unknown,
+            "allow_changes",
+            f"name fields that a run may change ({', '.join(sorted(CHANGEABLE))})",
+            unknown,
         )
         try:
             code = record_plan_code(self.attention, self.attention_code, workspace_root())
@@ -360,6 +379,14 @@ class TrainingConfig:
         theirs = asdict(other or TrainingConfig.preset(self.preset_name))
         return {name: (theirs[name], mine) for name, mine in asdict(self).items() if theirs[name] != mine}
 
+    def may_change(self) -> frozenset[str]:
+        """Fields in which a run that goes on with this config may differ from how it was started."""
+        return ALWAYS_CHANGEABLE | frozenset(self.allow_changes)
+
+    def is_met_by(self, n_done: int) -> bool:
+        """Whether n_done optimizer steps are all that is asked for: max_steps may have been raised since."""
+        return n_done >= self.max_steps
+
     def question(self) -> str:
         """What is asked for, in words."""
         changed = [
@@ -490,7 +517,48 @@ ADDED_LATER: Mapping[str, object] = {
     "activation_checkpointing": "none",
     "optimizer_offload": "no",
     "memory_limit_mib": 0,
+    "spike_deviations": 0.0,
+    "max_skipped_steps": 0,
+    "keep_best": False,
+    "when_disk_is_full": "stop",
+    "allow_changes": (),
 }
+
+# What a run may change while it goes on, when allow_changes names it: nothing that its weights, their optimizer's
+# state, its data or the choices of its first session are made by.
+CHANGEABLE = frozenset(
+    {
+        "max_steps",
+        "batch_size",
+        "context_length",
+        "learning_rate",
+        "muon_learning_rate",
+        "muon_momentum",
+        "muon_weight_decay",
+        "schedule",
+        "warmup_steps",
+        "decay_fraction",
+        "final_learning_rate_fraction",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_eps",
+        "max_gradient_norm",
+        "spike_deviations",
+        "max_skipped_steps",
+        "memory_limit_mib",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_best",
+        "when_disk_is_full",
+        "sample_tokens",
+        "sample_prompt",
+    }
+)
+# Differences that need no leave: the one changes rounding alone, the other nothing.
+ALWAYS_CHANGEABLE = frozenset({"micro_batch_size", "allow_changes"})
 
 # What an engine leaves in a run directory before the trainer has begun.
 NOT_YET_A_RUN = (r".*\.ipynb", r"report\.html", r"\..*", CODE)
@@ -515,6 +583,12 @@ class JobConfig(Protocol):
 
     def differences(self, other: Any = None) -> dict[str, tuple[object, object]]:
         """Fields that differ from `other`."""
+
+    def may_change(self) -> frozenset[str]:
+        """Fields in which what is made already may differ."""
+
+    def is_met_by(self, n_done: int) -> bool:
+        """Whether a folder that is done, with so many steps or runs, has nothing left to do."""
 
 
 def refuse_changed_config(config: JobConfig, run_dir: Path) -> None:
@@ -548,12 +622,13 @@ def refuse_changed_config(config: JobConfig, run_dir: Path) -> None:
 
 
 def refuse_difference(config: JobConfig, stored: JobConfig, run_dir: Path) -> None:
-    """Return if the two are the same.
+    """Return if the two are the same, but for what the config allows to change.
 
     Raises:
         RunError: naming the differences, and a name for a new run.
     """
-    differences = config.differences(stored)
+    may_change = config.may_change()
+    differences = {name: both for name, both in config.differences(stored).items() if name not in may_change}
     if not differences:
         return
     listed = "\n".join(
@@ -562,10 +637,12 @@ def refuse_difference(config: JobConfig, stored: JobConfig, run_dir: Path) -> No
     new_name = next_free(run_dir)
     if new_name.is_relative_to(workspace_root()):
         new_name = new_name.relative_to(workspace_root())
+    allowable = sorted(CHANGEABLE & differences.keys()) if isinstance(config, TrainingConfig) else []
+    leave = f" To change {', '.join(allowable)} of this run, name it in allow_changes." if allowable else ""
     raise RunError(
         f"{run_dir} must hold the config that is asked for, but it was started with another:\n{listed}\n"
         f"For a run of its own give another run_dir, such as {new_name} (papermill: -r run_dir "
-        f"{shlex.quote(str(new_name))})"
+        f"{shlex.quote(str(new_name))}).{leave}"
     )
 
 

@@ -27,7 +27,8 @@ def launch(config: JobConfig, run_dir: str | Path) -> Run:
     directory = (workspace_root() / run_dir).resolve()
     write_config_once(config, directory)
     run = Run.open(directory)
-    if run.status().status in ("done", "running"):
+    status = run.status()
+    if status.status == "running" or (status.status == "done" and config.is_met_by(status.step)):
         return run
     process = start_process(
         [sys.executable, "-m", config.module, str(directory)],
@@ -54,13 +55,18 @@ def launch(config: JobConfig, run_dir: str | Path) -> Run:
 
 
 def write_config_once(config: JobConfig, run_dir: Path) -> None:
-    """Make `run_dir` a run of `config`, unless it is one already.
+    """Make `run_dir` a run of `config`, unless it is one already; what the config allows to change is changed.
 
     Raises:
-        RunError: it is a run of another config.
+        RunError: it is a run of another config, or at work while it is to change.
     """
     refuse_changed_config(config, run_dir)
-    if not (run_dir / paths.CONFIG).is_file():
+    path = run_dir / paths.CONFIG
+    if not path.is_file():
         run_dir.mkdir(parents=True, exist_ok=True)
         write_copies(config.attention_code, run_dir / paths.CODE)  # before the config: from then on it is a run
-        paths.write_atomically(run_dir / paths.CONFIG, config.to_json())
+    elif not config.differences(type(config).from_json(path.read_text())):
+        return
+    elif Run.open(run_dir).status().is_alive:
+        raise RunError(f"a run must not be at work while its config changes, but {run_dir} is; stop it first")
+    paths.write_atomically(path, config.to_json())

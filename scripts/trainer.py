@@ -11,8 +11,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +22,17 @@ from torch import nn
 from hydra.attention.code import load_copies
 from hydra.attention.core import check_kernel
 from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
-from hydra.errors import ConfigError, HydraError, MemoryLimitError, NotFiniteError
+from hydra.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiskFullError,
+    HydraError,
+    MemoryLimitError,
+    NotFiniteError,
+    OutOfMemoryError,
+    SpikeError,
+)
 from hydra.model.framework import Execution, HydraModel, build_model
 from hydra.optim import (
     MasterWeights,
@@ -31,13 +43,18 @@ from hydra.optim import (
     set_learning_rate,
 )
 from hydra.runtime import paths, workspace_root
-from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from hydra.runtime.checkpoint import Checkpoint, load_checkpoint, newest_whole, save_checkpoint
 from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
+from hydra.runtime.disk import is_disk_full, require_room
+from hydra.runtime.environment import record_changes
+from hydra.runtime.guard import SpikeGuard
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import FORMAT, logging_to
 from hydra.runtime.memory import MemoryPlan, read_memory
+from hydra.runtime.memory.exhaustion import give_back_memory, is_out_of_memory
 from hydra.runtime.memory.host import read_peak_bytes, reset_peak
 from hydra.runtime.memory.plan import allowed_memory
+from hydra.runtime.random_state import RandomState
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 from hydra.runtime.signals import StopRequest
 from scripts.config import TrainingConfig, refuse_difference
@@ -47,7 +64,19 @@ from scripts.launch import launch, write_config_once
 __all__ = ["RunResult", "StepResult", "Trainer", "launch"]
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+CAUSES = {
+    NotFiniteError: "not finite",
+    SpikeError: "loss spike",
+    CheckpointError: "damaged checkpoint",
+    DataError: "bad data",
+    OutOfMemoryError: "out of memory",
+    MemoryLimitError: "out of memory",
+    DiskFullError: "disk full",
+}
+"""How the ledger calls the errors that end a run; others go by their own names."""
 COMPILE_CACHE = "compiled"  # under data_dir, shared by runs
+MAX_ROLLBACKS = 3
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_RESUMABLE = 0, 1, 2, 75
 
 
@@ -69,6 +98,16 @@ class StepResult:
     loss_nats: float
     grad_norm: float
     learning_rate: float
+    skipped: str | None = None
+    """Why the optimizers were not stepped, if they were not."""
+
+
+class StartOverError(Exception):
+    """The run must go back to its newest checkpoint: weights are damaged, or half of them were stepped."""
+
+    def __init__(self, message: str, *, needs_memory: bool = False) -> None:
+        super().__init__(message)
+        self.needs_memory = needs_memory
 
 
 class Trainer:
@@ -78,6 +117,7 @@ class Trainer:
     masters: MasterWeights
     optimizers: list[torch.optim.Optimizer]
     plan: MemoryPlan
+    choices: Choices
     micro_batch_size: int  # rows of one forward and backward pass
     dataset: Dataset
     metrics: MetricsWriter
@@ -89,6 +129,8 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.step = 0  # finished optimizer steps
         self.tokens = 0  # tokens that were trained on
+        self.guard = SpikeGuard(config.spike_deviations)
+        self.rollbacks = 0  # of this session
         self._step_at_last_log = 0
         self._time_at_last_log = time.perf_counter()
 
@@ -104,9 +146,9 @@ class Trainer:
         write_config_once(self.config, self.run_dir)
         self.ledger = Ledger.open(self.run_dir)
         try:
-            self._refuse_other_run()
-            if self.ledger.state.status != "done":
-                with logging_to(self.run_dir / paths.LOG):
+            with logging_to(self.run_dir / paths.LOG):
+                self._refuse_other_run()
+                if self.ledger.state.status != "done" or not self.config.is_met_by(self.ledger.state.step):
                     self._train_as_owner()
         finally:
             self.ledger.close()
@@ -124,36 +166,45 @@ class Trainer:
             # What preparing took is not what training takes.
             reset_peak()
 
-            self._compile_if_due()
-            self._evaluate_if_due()
-            while self.step < self.config.max_steps and not self.stop.is_set:
-                self._log_if_due(self.train_step())
-                self._compile_if_due()
-                self._evaluate_if_due()
-                self._checkpoint_if_due()
+            while True:
+                try:
+                    self._take_steps()
+                    break
+                except StartOverError as error:
+                    self._start_over(error)
             self._finish()
         except KeyboardInterrupt:
             self.ledger.finish("interrupted", stage="stopped", cause="KeyboardInterrupt", message="ended by its caller")
             raise
         except HydraError as error:
-            cause = "not finite" if isinstance(error, NotFiniteError) else type(error).__name__
+            cause = CAUSES.get(type(error), type(error).__name__)
             self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=str(error))
             raise
         except BaseException as error:
-            self.ledger.finish("failed", stage=self.ledger.state.stage, cause="error", message=repr(error))
+            cause = "disk full" if isinstance(error, OSError) and is_disk_full(error) else "error"
+            self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=repr(error))
             raise
 
+    def _take_steps(self) -> None:
+        self._compile_if_due()
+        self._evaluate_if_due()
+        while self.step < self.config.max_steps and not self.stop.is_set:
+            self._log_if_due(self.train_step())
+            self._compile_if_due()
+            self._evaluate_if_due()
+            self._checkpoint_if_due()
+
     def train_step(self) -> StepResult:
-        """One optimizer step on the global batch of `self.step`.
+        """One optimizer step on the global batch of `self.step`; what the guard finds is not stepped with.
 
         Raises:
-            NotFiniteError: loss or gradient norm is not finite; nothing has moved.
+            NotFiniteError, SpikeError: the guard found one step more than the run may skip; nothing has moved.
         """
         config = self.config
         batch = self.dataset.train_batch(
             self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
         )
-        loss_nats = self.forward_backward(batch)
+        loss_nats = self._within_memory(lambda: self.forward_backward(batch))
         result = self.update_weights(loss_nats)
 
         self.step += 1
@@ -179,25 +230,47 @@ class Trainer:
         return loss_nats
 
     def update_weights(self, loss_nats: float) -> StepResult:
-        """Clip the gradient, step every optimizer with it and drop it.
-
-        Raises:
-            NotFiniteError: loss or gradient norm is not finite; nothing has moved.
-        """
+        """Clip the gradient, step every optimizer with it unless the guard finds something, and drop it."""
         grad_norm = float(nn.utils.clip_grad_norm_(self.masters.named.values(), self.config.max_gradient_norm))
-        if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
-            rates = "learning_rate" if self.config.optimizer == "adamw" else "muon_learning_rate and learning_rate"
-            raise NotFiniteError(
-                f"loss and gradient norm must be finite, but got {loss_nats=} and {grad_norm=} in step "
-                f"{self.step + 1}; the weights have not moved. Lower {rates}, or raise warmup_steps"
-            )
         share_of_peak = self._schedule(self.step)
+        skipped = self.guard.finds(loss_nats, grad_norm)
+        if skipped is None:
+            self.guard.remember(loss_nats, grad_norm)
+            try:
+                for optimizer in self.optimizers:
+                    set_learning_rate(optimizer, share_of_peak)
+                    optimizer.step()
+                self.masters.publish()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Some weights have moved and some have not.
+                raise StartOverError(f"memory was refused to the optimizer: {error}", needs_memory=True) from None
+        else:
+            self._note_skipped_step(skipped, is_finite=math.isfinite(loss_nats) and math.isfinite(grad_norm))
         for optimizer in self.optimizers:
-            set_learning_rate(optimizer, share_of_peak)
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.masters.publish()
-        return StepResult(loss_nats, grad_norm, share_of_peak * self.config.learning_rate)
+        return StepResult(loss_nats, grad_norm, share_of_peak * self.config.learning_rate, skipped)
+
+    def _note_skipped_step(self, reason: str, *, is_finite: bool) -> None:
+        """Log it with what it was computed from, unless it is one too many."""
+        config, number = self.config, self.step + 1
+        rows = self.dataset.train_rows(
+            self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
+        )
+        if not is_finite:
+            self._require_finite_weights()
+        if len(self.guard.skipped_steps) >= config.max_skipped_steps:
+            rates = "learning_rate" if config.optimizer == "adamw" else "muon_learning_rate and learning_rate"
+            message = (
+                f"loss and gradient norm must be finite and not far beyond what is usual, but in step {number} "
+                f"{reason}, and max_skipped_steps={config.max_skipped_steps} were skipped before (rows {rows} of the "
+                f"train stream); the weights have not moved. Lower {rates}, or raise warmup_steps"
+            )
+            raise SpikeError(message) if is_finite else NotFiniteError(message)
+        self.guard.skipped_steps.append(number)
+        logger.warning("step %d is skipped: %s; it was computed from rows %s of the train stream", number, reason, rows)
+        append_record(self.run_dir / paths.SKIPPED, {"step": number, "reason": reason, "rows": rows})
 
     # ---------------------------------------------------------------- once in a while
 
@@ -212,9 +285,9 @@ class Trainer:
             {
                 "step": self.step,
                 "tokens": self.tokens,
-                "loss_nats": result.loss_nats,
+                **({} if result.skipped else {"loss_nats": result.loss_nats, "grad_norm": result.grad_norm}),
                 "learning_rate": result.learning_rate,
-                "grad_norm": result.grad_norm,
+                "skipped_steps": len(self.guard.skipped_steps),
                 "tokens_per_s": self.config.batch_size * self.config.context_length / step_s,
                 "step_ms": 1000.0 * step_s,
                 "peak_mem_mib": self._peak_memory_mib(),
@@ -232,19 +305,21 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         """Evaluate and sample at the due steps; a run that was cut off before this was written does it on resume."""
         is_due = self.step > 0 and (self.step % self.config.eval_every == 0 or self.step == self.config.max_steps)
-        if not is_due or self.step in self._evaluated_steps:
+        if not is_due or self.step in self._val_loss_nats:
             return
         began = time.perf_counter()
         self.ledger.update(stage="evaluating")
         self.model.eval()
         with as_written(self.model):
-            figures = evaluate(
-                self.model,
-                self.dataset,
-                self.device,
-                n_rows=self.micro_batch_size,
-                n_tokens=self.config.context_length,
-                is_stopped=lambda: self.stop.is_set,
+            figures = self._within_memory(
+                lambda: evaluate(
+                    self.model,
+                    self.dataset,
+                    self.device,
+                    n_rows=self.micro_batch_size,
+                    n_tokens=self.config.context_length,
+                    is_stopped=lambda: self.stop.is_set,
+                )
             )
             if figures is None:
                 return
@@ -253,34 +328,130 @@ class Trainer:
             sample = {"step": self.step, "prompt": self.config.sample_prompt, "text": text}
             append_record(self.run_dir / paths.SAMPLES, sample)
         self.metrics.write({"step": self.step, "tokens": self.tokens, **figures, "elapsed_s": self.ledger.train_s})
-        self._evaluated_steps.add(self.step)
+        self._val_loss_nats[self.step] = figures["val_loss_nats"]
         self.ledger.update(stage="training", **figures)
         self.model.train()
         self._time_at_last_log += time.perf_counter() - began
 
     def _checkpoint_if_due(self) -> None:
         is_last = self.step == self.config.max_steps
-        if not (self.step % self.config.checkpoint_every == 0 or is_last or self.stop.is_set):
+        best = self._best_step()
+        is_best = self.config.keep_best and self.step == best
+        if not (self.step % self.config.checkpoint_every == 0 or is_last or is_best or self.stop.is_set):
             return
         began = time.perf_counter()
         self.ledger.update(stage="writing a checkpoint")
-        self.metrics.sync()
-        paths.sync_file(self.run_dir / paths.SAMPLES)
+        self._require_finite_weights()
+        try:
+            self.metrics.sync()
+            paths.sync_file(self.run_dir / paths.SAMPLES)
+            save_checkpoint(
+                self.run_dir,
+                self.step,
+                self._checkpoint(),
+                self.config.keep_checkpoints,
+                [best] if self.config.keep_best and best is not None else (),
+            )
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            problem = f"a checkpoint of step {self.step} must be written, but the disk is full ({error})"
+            if self.config.when_disk_is_full == "stop" or is_last:
+                raise DiskFullError(f"{problem}; make room and give the same command again") from None
+            logger.warning("%s; going on without it", problem)
+        self.ledger.update(stage="training")
+        self._time_at_last_log += time.perf_counter() - began
+
+    def _checkpoint(self) -> Checkpoint:
+        """Everything that the next step depends on."""
         tensors = {
             "model": self.masters.state_dict(),
             "optimizer": optimizer_tensors(self.masters.named, self.optimizers),
-            "rng": {"torch_cpu": torch.get_rng_state()},
+            "rng": RandomState.now().to_tensors(),
         }
         trainer_state = {
             "step": self.step,
             "tokens": self.tokens,
+            "best_step": self._best_step(),
+            "guard": self.guard.state(),
             "config": self.config.to_json(),
             "data_fingerprint": self.dataset.manifest["fingerprint"],
             "model_spec": self.config.model_spec(self._vocab_size).to_dict(),
         }
-        save_checkpoint(self.run_dir, self.step, Checkpoint(tensors, trainer_state), self.config.keep_checkpoints)
-        self.ledger.update(stage="training")
-        self._time_at_last_log += time.perf_counter() - began
+        return Checkpoint(tensors, trainer_state)
+
+    def _best_step(self) -> int | None:
+        """The step with the lowest validation loss so far, the first of several; None before there is one."""
+        return min(self._val_loss_nats, key=lambda step: (self._val_loss_nats[step], step), default=None)
+
+    # ---------------------------------------------------------------- when something is refused or goes wrong
+
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """work(), again with half the rows at a time as long as memory is refused to it; nothing else changes.
+
+        Raises:
+            OutOfMemoryError: memory is refused to a single row.
+        """
+        while True:
+            generators = RandomState.now()
+            try:
+                return work()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                refusal = str(error)
+            # Only here, when the error is gone and with it the frames that hold the activations.
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            self._halve_micro_batch(refusal)
+            generators.restore()
+
+    def _halve_micro_batch(self, refusal: str) -> None:
+        if self.micro_batch_size == 1:
+            raise OutOfMemoryError(
+                f"a step must fit the memory, but it was refused for one row at a time ({refusal}); use a shorter "
+                "context_length, activation_checkpointing full, or a smaller model"
+            )
+        give_back_memory()
+        half = self.micro_batch_size // 2
+        fitting = next(size for size in range(half, 0, -1) if self.config.batch_size % size == 0)
+        logger.warning(
+            "memory was refused (%s); micro_batch_size %d becomes %d", refusal, self.micro_batch_size, fitting
+        )
+        self.micro_batch_size = fitting
+        self.choices = settle(
+            self.run_dir,
+            self.choices,
+            micro_batch_size=fitting,
+            activation_checkpointing=self.choices.activation_checkpointing,
+            optimizer_offload=self.choices.optimizer_offload,
+        )
+
+    def _require_finite_weights(self) -> None:
+        """Return if the weights are finite, as they must be when no step is ever taken from what is not."""
+        for name, tensor in self.masters.state_dict().items():
+            # The sum is read once and is finite unless something is wrong, or huge.
+            if not math.isfinite(float(tensor.sum())) and not bool(tensor.isfinite().all()):
+                raise StartOverError(f"the weights {name} are not finite after step {self.step}")
+
+    def _start_over(self, error: "StartOverError") -> None:
+        """Build everything anew and go on from the newest checkpoint, or from the start: bounded, and logged.
+
+        Raises:
+            NotFiniteError, OutOfMemoryError: it has happened too often in this session.
+        """
+        problem = str(error)
+        self.rollbacks += 1
+        if self.rollbacks > MAX_ROLLBACKS:
+            kind = OutOfMemoryError if error.needs_memory else NotFiniteError
+            raise kind(f"{problem}, {self.rollbacks} times in this session; see {self.run_dir / paths.LOG}")
+        logger.warning("%s; going back to the newest checkpoint", problem)
+        self.metrics.close()
+        del self.model, self.masters, self.optimizers
+        give_back_memory()
+        if error.needs_memory:
+            self._halve_micro_batch(problem)
+        self._build()
 
     # ---------------------------------------------------------------- before the first step, and after the last
 
@@ -300,39 +471,47 @@ class Trainer:
 
         give_back_freed_memory()
         choices = self._plan_memory(choices)
+        require_room(self.run_dir, self._checkpoint_bytes())
+        self.choices = choices
+        self._build()
+
+    def _build(self) -> None:
+        """The model and its optimizers as the newest checkpoint has them, or as they are before the first step."""
         self.ledger.update(stage="building the model")
-        self.assemble(
-            build_model(
-                self.config.model_spec(self._vocab_size),
-                seed=self.config.seed,
-                device=self.device,
-                execution=execution_of(choices),
-            ),
-            choices,
-        )
+        spec = self.config.model_spec(self._vocab_size)
+        model = build_model(spec, seed=self.config.seed, device=self.device, execution=execution_of(self.choices))
+        self.assemble(model, self.choices)
         for block in self.model.typed_blocks():
             dtype = block.attention_norm.weight.dtype
-            check_kernel(choices.attention_kernel, choices.device, dtype, block.attention.score_width)
-        self.ledger.update(n_parameters=self.model.n_parameters())
+            check_kernel(self.choices.attention_kernel, self.choices.device, dtype, block.attention.score_width)
+        self.step = self.tokens = 0
+        self.guard = SpikeGuard(self.config.spike_deviations)
+        newest = newest_whole(self.run_dir, sets_aside=True)
+        if newest is not None:
+            self._resume(newest)
 
-        checkpoints = list_checkpoints(self.run_dir)
-        if checkpoints:
-            self._resume(checkpoints[-1])
         self.metrics = MetricsWriter(self.run_dir, self.step)
         evaluations = [record for record in read_records(self.run_dir / paths.METRICS) if "val_loss_nats" in record]
-        self._evaluated_steps = {record["step"] for record in evaluations}
+        self._val_loss_nats = {record["step"]: record["val_loss_nats"] for record in evaluations}
         # An evaluation is finished by its metrics; a sample without them is written again.
-        keep_records(self.run_dir / paths.SAMPLES, self._evaluated_steps.__contains__)
+        keep_records(self.run_dir / paths.SAMPLES, self._val_loss_nats.__contains__)
+        keep_records(self.run_dir / paths.SKIPPED, self.guard.skipped_steps.__contains__)
         last = evaluations[-1] if evaluations else {}
         self.ledger.update(
             step=self.step,
             tokens=self.tokens,
+            n_parameters=self.model.n_parameters(),
             train_flops=self.tokens * self.flops_per_token,
             val_loss_nats=last.get("val_loss_nats"),
             val_bits_per_byte=last.get("val_bits_per_byte"),
         )
         self._step_at_last_log, self._time_at_last_log = self.step, time.perf_counter()
         self.model.train()
+
+    def _checkpoint_bytes(self) -> int:
+        """At most: weights, also those of fewer bits, which are not written, and the optimizer's state."""
+        prediction = self.plan.prediction
+        return prediction.parameters + prediction.optimizer + prediction.on_host
 
     def _plan_memory(self, choices: Choices) -> Choices:
         """Choose micro-batch and checkpointing so that a step fits the memory, in the run's first session for good.
@@ -341,7 +520,7 @@ class Trainer:
             MemoryLimitError: nothing that may be chosen fits, or this machine has less than the run needs.
         """
         stored = paths.read_json(self.run_dir / paths.MEMORY_PLAN)
-        if stored and choices.micro_batch_size:
+        if stored and choices.micro_batch_size and "micro_batch_size" not in self._changes:
             self.plan = MemoryPlan.from_dict(stored)
             limit = allowed_memory(read_memory(choices.device), self.config.memory_limit_mib)
             if self.plan.prediction.total > limit.limit_bytes:
@@ -384,10 +563,17 @@ class Trainer:
         )
 
     def _refuse_other_run(self) -> None:
-        """A config.json that was edited after the first checkpoint is another run's."""
-        for checkpoint in list_checkpoints(self.run_dir)[-1:]:
-            stored = load_checkpoint(checkpoint, groups=()).trainer_state["config"]
-            refuse_difference(self.config, TrainingConfig.from_json(stored), self.run_dir)
+        """Where config.json has been changed since the newest checkpoint, that must be allowed."""
+        self._changes: dict[str, tuple[object, object]] = {}
+        newest = newest_whole(self.run_dir, sets_aside=True)
+        if newest is None:
+            return
+        state = load_checkpoint(newest, groups=()).trainer_state
+        stored = TrainingConfig.from_json(state["config"])
+        refuse_difference(self.config, stored, self.run_dir)
+        self._changes = self.config.differences(stored)
+        if self._changes:
+            record_changes(self.run_dir, int(state["step"]), self._changes)
 
     def _open_data(self) -> Dataset:
         """The run's shards, prepared (again) when they are not there; those of other text or tokens are refused."""
@@ -409,17 +595,19 @@ class Trainer:
         state = checkpoint.trainer_state
         assert state["data_fingerprint"] == self.dataset.manifest["fingerprint"], state
         self.masters.load_state_dict(dict(checkpoint.tensors["model"]))
-        torch.set_rng_state(checkpoint.tensors["rng"]["torch_cpu"])
+        RandomState.from_tensors(checkpoint.tensors["rng"]).restore()
         del checkpoint
         optimizer = load_checkpoint(directory, groups=("optimizer",))
         load_optimizer_tensors(self.masters.named, self.optimizers, optimizer.tensors["optimizer"])
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
+        if "guard" in state:  # checkpoints of before have none
+            self.guard.load_state(state["guard"])
         logger.info("going on from %s", directory)
 
     def _finish(self) -> None:
         self.metrics.close()
         self._checkpoint_if_due()
-        if self.step == self.config.max_steps and self.step in self._evaluated_steps:
+        if self.step == self.config.max_steps and self.step in self._val_loss_nats:
             self.ledger.finish("done", stage="done")
         else:
             signal_name = self.stop.signal_name

@@ -69,14 +69,17 @@ class Dataset:
         token but the first is a target once per epoch; up to T - 1 tokens at the end are not used. Every epoch
         goes through all rows in an order drawn from (seed, epoch); batches run on over the end of an epoch.
         """
-        assert min(step, n_rows - 1, n_tokens - 1) >= 0, (step, n_rows, n_tokens)
-        rows_per_epoch = self.n_train_rows(n_tokens)
         rows_B1 = np.empty((n_rows, n_tokens + 1), dtype=np.int64)
-        for b in range(n_rows):
-            epoch, position = divmod(step * n_rows + b, rows_per_epoch)
-            row = int(self._epoch_order(seed, epoch, rows_per_epoch)[position])
+        for b, row in enumerate(self.train_rows(step, seed=seed, n_rows=n_rows, n_tokens=n_tokens)):
             rows_B1[b] = self._train.read(row * n_tokens, (row + 1) * n_tokens + 1)
         return self._batch(rows_B1[:, :-1].copy(), rows_B1[:, 1:].copy())
+
+    def train_rows(self, step: int, *, seed: int, n_rows: int, n_tokens: int) -> list[int]:
+        """Which rows of the train stream the global batch of step `step` >= 0 is made of, in its order."""
+        assert min(step, n_rows - 1, n_tokens - 1) >= 0, (step, n_rows, n_tokens)
+        rows_per_epoch = self.n_train_rows(n_tokens)
+        places = (divmod(step * n_rows + b, rows_per_epoch) for b in range(n_rows))
+        return [int(self._epoch_order(seed, epoch, rows_per_epoch)[position]) for epoch, position in places]
 
     def validation_batches(self, *, n_rows: int, n_tokens: int) -> Iterator[Batch]:
         """All validation tokens in order, each but the first a target exactly once.

@@ -229,7 +229,7 @@ class _Batch:
         from hydra.notebook.report import JOBS
 
         status = self._run.status()
-        if status.status not in ("done", "new"):
+        if status.status not in ("done", "queued"):
             raise BatchError(
                 f"the notebook ended, but its run is {status.status} at {status.unit} {status.step} of "
                 f"{status.max_steps}\n"

@@ -43,10 +43,10 @@ def _follow(run: Run) -> RunStatus:
     while True:
         status = run.status()
         waited = time.monotonic() - began
-        if status.status == "new" and waited > BEGIN_WITHIN_S:
+        if status.status == "queued" and waited > BEGIN_WITHIN_S:
             click.echo(f"no trainer has begun within {BEGIN_WITHIN_S:.0f} s; see {run.directory / 'trainer.log'}")
             return status
-        if status.status not in ("new", "running"):
+        if status.status not in ("queued", "running"):
             return status
         line = describe(status, last_training_record(run.metrics())) if status.step else status.stage
         if time.monotonic() >= next_line and line != printed:

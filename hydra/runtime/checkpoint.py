@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 # Nothing else in the folder is ours to count, or to remove.
 NAME = re.compile(r"step-\d{8,}")
-UNFINISHED_NAME = re.compile(r"(\.writing-)?step-\d{8,}")
+UNFINISHED_NAME = re.compile(r"\.(writing|removing)-step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,53 @@ def checkpoint_directory(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. A directory without a manifest was never finished and does not count."""
+    """Checkpoints by their names, oldest first: each was finished, and may have been damaged since."""
     found = (run_dir / paths.CHECKPOINTS).glob("step-*")
-    complete = [directory for directory in found if NAME.fullmatch(directory.name) and (directory / MANIFEST).is_file()]
-    return sorted(complete, key=lambda directory: int(directory.name.removeprefix("step-")))
+    return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
 
 
-def save_checkpoint(run_dir: Path, step: int, checkpoint: Checkpoint, keep_last: int) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest `keep_last`.
+def step_of(directory: Path) -> int:
+    """Finished optimizer steps of the checkpoint in `directory`."""
+    return int(directory.name.removeprefix("step-"))
+
+
+def newest_whole(run_dir: Path, *, sets_aside: bool = False) -> Path | None:
+    """The newest checkpoint whose every file is as it was written; None if there is none. Damaged ones are logged.
+
+    Args:
+        sets_aside: rename damaged ones to `damaged-step-...`, so that nothing takes them for checkpoints again. For
+            the owner of the run only.
+    """
+    for directory in reversed(list_checkpoints(run_dir)):
+        try:
+            check_checkpoint(directory)
+        except CheckpointError as error:
+            logger.warning("%s; going on without it", error)
+            if sets_aside:
+                _set_aside(directory)
+        else:
+            return directory
+    return None
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Return if every file of the checkpoint is as it was written.
+
+    Raises:
+        CheckpointError: naming the first that is missing, of another size or of other content.
+    """
+    for name, described in _read_manifest(directory).items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(_damaged(path, "is missing"))
+        if _describe(path) != described:
+            raise CheckpointError(_damaged(path, "has changed since it was written (SHA-256 differs)"))
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, checkpoint: Checkpoint, keep_last: int, keep_steps: Collection[int] = ()
+) -> Path:
+    """Write the checkpoint of `step`, then remove all but the newest `keep_last` and those of `keep_steps`.
 
     Everything is written to a directory beside, file by file with fsync, the manifest with every file's SHA-256 last;
     one rename makes it a checkpoint. A crash at any point leaves the checkpoints that were there.
@@ -57,7 +96,8 @@ def save_checkpoint(run_dir: Path, step: int, checkpoint: Checkpoint, keep_last:
     if final not in list_checkpoints(run_dir):
         _write(final, checkpoint)
     for old in list_checkpoints(run_dir)[:-keep_last]:
-        _remove(old)
+        if step_of(old) not in keep_steps:
+            _remove(old)
     return final
 
 
@@ -70,7 +110,7 @@ def _write(final: Path, checkpoint: Checkpoint) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / f"{group}.safetensors")
     (temporary / TRAINER_STATE).write_text(json.dumps(checkpoint.trainer_state, indent=2, allow_nan=False) + "\n")
     files = {file.name: _describe(file) for file in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+    (temporary / MANIFEST).write_text(_manifest_text(files))
     for file in temporary.iterdir():
         file.chmod(0o644)  # safetensors gives its files to their owner alone; a run is there to be shared
         paths.sync_file(file)
@@ -87,10 +127,7 @@ def load_checkpoint(directory: Path, groups: tuple[str, ...]) -> Checkpoint:
     """
     from safetensors.torch import load
 
-    try:
-        files = json.loads((directory / MANIFEST).read_text())["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(_damaged(directory / MANIFEST, f"is no manifest ({error!r})")) from None
+    files = _read_manifest(directory)
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in [*(f"{group}.safetensors" for group in groups), TRAINER_STATE]:
         path = directory / name
@@ -104,11 +141,36 @@ def load_checkpoint(directory: Path, groups: tuple[str, ...]) -> Checkpoint:
     return Checkpoint(tensors, json.loads(content))
 
 
+def _read_manifest(directory: Path) -> dict[str, dict[str, object]]:
+    """What is known of every file of a checkpoint: `n_bytes` and `sha256`, by name."""
+    path = directory / MANIFEST
+    try:
+        text = path.read_text()
+        files = json.loads(text)["files"]
+        described = {name: {key: files[name][key] for key in ("n_bytes", "sha256")} for name in files}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(_damaged(path, f"is no manifest ({error!r})")) from None
+    if text != _manifest_text(described):
+        raise CheckpointError(_damaged(path, "has changed since it was written"))
+    return described
+
+
+def _manifest_text(files: Mapping[str, object]) -> str:
+    return json.dumps({"files": files}, indent=2) + "\n"
+
+
 def _damaged(path: Path, what: str) -> str:
-    return (
-        f"every file of a checkpoint must be as it was written, but {path} {what}; "
-        f"remove {path.parent} to go on from the checkpoint before it"
-    )
+    return f"every file of a checkpoint must be as it was written, but {path} {what}"
+
+
+def _set_aside(directory: Path) -> None:
+    name, number = f"damaged-{directory.name}", 1
+    while (directory.parent / name).exists():
+        number += 1
+        name = f"damaged-{directory.name}-{number}"
+    os.rename(directory, directory.parent / name)
+    paths.sync_directory(directory.parent)
+    logger.warning("%s is kept as %s", directory.name, name)
 
 
 def _describe(file: Path) -> dict[str, object]:
@@ -117,16 +179,15 @@ def _describe(file: Path) -> dict[str, object]:
 
 
 def _remove(directory: Path) -> None:
-    """Take the manifest first: from then on the rest is no checkpoint, however far the removal comes."""
-    (directory / MANIFEST).unlink()
-    paths.sync_directory(directory)
-    shutil.rmtree(directory)
+    """Take its name first: from then on the rest is no checkpoint, however far the removal comes."""
+    unnamed = directory.with_name(f".removing-{directory.name}")
+    os.rename(directory, unnamed)
+    paths.sync_directory(directory.parent)
+    shutil.rmtree(unnamed)
 
 
 def _remove_unfinished(parent: Path) -> None:
     for directory in parent.iterdir():
-        if not UNFINISHED_NAME.fullmatch(directory.name):
-            continue
-        if not (directory / MANIFEST).is_file() or directory.name.startswith(".writing-"):
+        if UNFINISHED_NAME.fullmatch(directory.name):
             logger.info("removing %s, which was never finished", directory)
             shutil.rmtree(directory)

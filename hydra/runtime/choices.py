@@ -203,8 +203,10 @@ def give_back_freed_memory() -> None:
 
 
 def set_up_torch(choices: Choices, seed: int, compile_cache: Path) -> None:
-    """Make this process compute the same from the same, seed torch's global generator, and keep compiled code."""
+    """Make this process compute the same from the same, seed the global generators, and keep compiled code."""
     import torch
+
+    from hydra.runtime.random_state import seed_all
 
     # cuBLAS is deterministic only with a workspace of fixed size; read when the first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -221,4 +223,4 @@ def set_up_torch(choices: Choices, seed: int, compile_cache: Path) -> None:
     torch._C._set_deterministic_algorithms(True)
     # Deterministic mode would also fill every fresh tensor; nothing here reads memory that it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.manual_seed(seed)
+    seed_all(seed)

@@ -56,8 +56,19 @@ def record_session(run_dir: Path, session: Mapping[str, object], choices: Mappin
         if changed:
             logger.warning("bit for bit is promised for the same machine and source, but these differ: %s", changed)
     resolved: dict[str, Any] = environment.get("resolved", dict(choices))
-    paths.write_json(path, {"resolved": resolved, "sessions": [*environment.get("sessions", []), dict(session)]})
+    sessions = [*environment.get("sessions", []), dict(session)]
+    paths.write_json(path, {**environment, "resolved": resolved, "sessions": sessions})
     return resolved
+
+
+def record_changes(run_dir: Path, step: int, changes: Mapping[str, tuple[object, object]]) -> None:
+    """Note in environment.json that from `step` on the run's config differs, as name -> (before, after)."""
+    path = run_dir / paths.ENVIRONMENT
+    environment = paths.read_json(path)
+    listed = {name: list(both) for name, both in changes.items()}
+    logger.info("from step %d on the config differs: %s", step, listed)
+    before = environment.get("changes", [])
+    paths.write_json(path, {**environment, "changes": [*before, {"step": step, "fields": listed}]})
 
 
 def record_choices(run_dir: Path, choices: Mapping[str, object]) -> None:

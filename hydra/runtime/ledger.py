@@ -13,7 +13,7 @@ from hydra.errors import RunError
 from hydra.runtime import paths
 from hydra.runtime.processes import ProcessIdentity, current_process
 
-Status = Literal["new", "running", "done", "failed", "interrupted"]
+Status = Literal["queued", "running", "done", "failed", "interrupted"]
 HEARTBEAT_EVERY_S = 1.0
 # An owner on another machine, or in another container, cannot be asked whether it lives: it is believed while its
 # heartbeat is this fresh. A thread keeps it fresh, so that a long evaluation is no reason to be taken for dead.
@@ -28,7 +28,7 @@ class RunStatus:
     `status` as stored is what the owner last knew; `reconciled` compares it with what is alive.
     """
 
-    status: Status = "new"
+    status: Status = "queued"
     stage: str = "not started"
     unit: str = "step"
     """What is counted: optimizer steps of a training run, runs of a comparison."""
@@ -74,7 +74,7 @@ class RunStatus:
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """The reconciled status of the run in `run_dir`; `new` where no trainer has begun."""
+    """The reconciled status of the run in `run_dir`; `queued` where no trainer has begun."""
     return _read_stored(run_dir).reconciled()
 
 
@@ -130,7 +130,7 @@ class Ledger:
             stage="starting",
             max_steps=max_steps,
             unit=unit,
-            restarts=before.restarts + (before.status != "new"),
+            restarts=before.restarts + (before.status != "queued"),
             cause=None,
             message=None,
             owner=current_process(),

@@ -17,6 +17,7 @@ TOKENIZER = "tokenizer.json"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"  # of a comparison
 SAMPLES = "samples.jsonl"
+SKIPPED = "skipped_steps.jsonl"
 LOG = "trainer.log"
 LOCK = "lock"
 EVENTS = "events"

@@ -118,7 +118,7 @@ class Run:
             "cause is a parameter, change it and give the run another name (-r run_dir runs/NAME)",
             "interrupted": "give the same command again: it goes on from the last checkpoint, if there is one",
             "running": "wait for it",
-            "new": "start it with launch()",
+            "queued": "start it with launch()",
         }[status.status]
         happened = ": ".join(part for part in (status.cause, status.message) if part) or status.stage
         kind = RunCutOffError if status.status == "interrupted" else RunError

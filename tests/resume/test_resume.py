@@ -82,7 +82,7 @@ def test_killed_at_random_moments(
         process.kill()
         if process.wait() == 0:
             break
-        assert Run.open(run_dir).status().status in ("new", "interrupted")
+        assert Run.open(run_dir).status().status in ("queued", "interrupted")
     assert kill >= 1, "the run is too short for this test"
     finish(start_trainer, run_dir)
     assert "going on from" in (run_dir / "trainer.log").read_text()

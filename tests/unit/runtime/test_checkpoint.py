@@ -10,7 +10,16 @@ import torch
 
 from hydra.errors import CheckpointError
 from hydra.runtime import checkpoint as module
-from hydra.runtime.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from hydra.runtime.checkpoint import (
+    Checkpoint,
+    check_checkpoint,
+    checkpoint_directory,
+    list_checkpoints,
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+    step_of,
+)
 
 GROUPS = ("model", "optimizer")
 
@@ -42,17 +51,54 @@ FILES = ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "ma
 def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
     path = save_checkpoint(tmp_path, 1, make(1), keep_last=1) / name
     content = bytearray(path.read_bytes())
-    if (name, damage) == ("manifest.json", "remove"):
-        path.unlink()
-        assert list_checkpoints(tmp_path) == []
-        return
     if damage == "remove":
         path.unlink()
     else:
         content[-1] ^= 1
         path.write_bytes(content if damage == "flip" else content[:-3])
-    with pytest.raises(CheckpointError, match=name):
-        load_checkpoint(path.parent, GROUPS)
+    for refuse in (check_checkpoint, lambda directory: load_checkpoint(directory, GROUPS)):
+        with pytest.raises(CheckpointError, match=name):
+            refuse(path.parent)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_one_before_a_damaged_one_is_used(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, make(step), keep_last=3)
+    assert newest_whole(tmp_path) == checkpoint_directory(tmp_path, 3)
+    for step in (3, 2):
+        path = checkpoint_directory(tmp_path, step) / name
+        path.write_bytes(path.read_bytes()[:-1])
+    assert newest_whole(tmp_path) == checkpoint_directory(tmp_path, 1)
+    assert [step_of(directory) for directory in list_checkpoints(tmp_path)] == [1, 2, 3]  # a reader moves nothing
+    assert newest_whole(tmp_path, sets_aside=True) == checkpoint_directory(tmp_path, 1)
+    assert name in caplog.text
+    assert {entry.name for entry in (tmp_path / "checkpoints").iterdir()} == {
+        "step-00000001",
+        "damaged-step-00000002",
+        "damaged-step-00000003",
+    }
+    save_checkpoint(tmp_path, 2, make(2), keep_last=3)
+    checkpoint_directory(tmp_path, 2).joinpath(name).unlink()
+    newest_whole(tmp_path, sets_aside=True)
+    assert (tmp_path / "checkpoints" / "damaged-step-00000002-2").is_dir()
+
+
+def test_swapped_files_are_found(tmp_path: Path) -> None:
+    directory = save_checkpoint(tmp_path, 1, make(1), keep_last=1)
+    model, optimizer = directory / "model.safetensors", directory / "optimizer.safetensors"
+    content = model.read_bytes()
+    model.write_bytes(optimizer.read_bytes())
+    optimizer.write_bytes(content)
+    with pytest.raises(CheckpointError, match="model"):
+        check_checkpoint(directory)
+    assert newest_whole(tmp_path) is None
+
+
+def test_named_steps_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, make(step), keep_last=1, keep_steps=[2])
+    assert [step_of(directory) for directory in list_checkpoints(tmp_path)] == [2, 4]
 
 
 def test_a_failure_at_any_point_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,10 +152,12 @@ def test_what_is_not_ours_is_neither_counted_nor_removed(tmp_path: Path) -> None
     assert names == {"precious", "notes.txt", "step-00000009-backup", "step-00000002"}
 
 
-def test_a_directory_without_a_manifest_is_no_checkpoint_and_is_cleared(tmp_path: Path) -> None:
-    half = tmp_path / "checkpoints" / "step-00000009"
-    half.mkdir(parents=True)
-    (half / "model.safetensors").write_bytes(b"half")
+def test_what_was_never_finished_is_cleared(tmp_path: Path) -> None:
+    for name in (".writing-step-00000009", ".removing-step-00000007"):
+        half = tmp_path / "checkpoints" / name
+        half.mkdir(parents=True)
+        (half / "model.safetensors").write_bytes(b"half")
     assert list_checkpoints(tmp_path) == []
-    save_checkpoint(tmp_path, 9, make(9), keep_last=1)
-    assert load_checkpoint(half, GROUPS).trainer_state == {"step": 9}
+    path = save_checkpoint(tmp_path, 9, make(9), keep_last=1)
+    assert load_checkpoint(path, GROUPS).trainer_state == {"step": 9}
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000009"]

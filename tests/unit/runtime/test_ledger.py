@@ -37,7 +37,7 @@ def start_owner(run_dir: Path) -> "subprocess.Popen[str]":
 
 
 def test_a_run_without_a_ledger_is_new(tmp_path: Path) -> None:
-    assert read_status(tmp_path).status == "new"
+    assert read_status(tmp_path).status == "queued"
 
 
 def test_second_owner_is_refused_and_named_and_a_killed_owner_frees_the_run(tmp_path: Path) -> None:
