@@ -141,7 +141,7 @@ class TrainingConfig:
     """A step whose loss or gradient norm lies so many standard deviations (of their medians over the last 128 steps)
     above what was usual is not taken; 0: only those that are not finite are not."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 20
-    """Steps of the run that may be skipped so; one more ends it."""
+    """Steps of the run that may be skipped so; one more ends it, and so do six in a row."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the initial weights, the order of the data and the text samples."""
 
@@ -374,14 +374,14 @@ class TrainingConfig:
             "choose_kernels": choose_kernels,
         }
 
+    def may_change(self) -> frozenset[str]:
+        """Fields in which a run that goes on with this config may differ from how it was started."""
+        return ALWAYS_CHANGEABLE | frozenset(self.allow_changes)
+
     def differences(self, other: "TrainingConfig | None" = None) -> dict[str, tuple[object, object]]:
         """Fields that differ from `other` (left out: from its own preset), as (other's value, own value)."""
         theirs = asdict(other or TrainingConfig.preset(self.preset_name))
         return {name: (theirs[name], mine) for name, mine in asdict(self).items() if theirs[name] != mine}
-
-    def may_change(self) -> frozenset[str]:
-        """Fields in which a run that goes on with this config may differ from how it was started."""
-        return ALWAYS_CHANGEABLE | frozenset(self.allow_changes)
 
     def is_met_by(self, n_done: int) -> bool:
         """Whether n_done optimizer steps are all that is asked for: max_steps may have been raised since."""

@@ -260,12 +260,13 @@ class Trainer:
         )
         if not is_finite:
             self._require_finite_weights()
-        if len(self.guard.skipped_steps) >= config.max_skipped_steps:
+        if not self.guard.may_skip(number, config.max_skipped_steps):
             rates = "learning_rate" if config.optimizer == "adamw" else "muon_learning_rate and learning_rate"
             message = (
                 f"loss and gradient norm must be finite and not far beyond what is usual, but in step {number} "
-                f"{reason}, and max_skipped_steps={config.max_skipped_steps} were skipped before (rows {rows} of the "
-                f"train stream); the weights have not moved. Lower {rates}, or raise warmup_steps"
+                f"{reason} (rows {rows} of the train stream), and {len(self.guard.skipped_steps)} steps were skipped "
+                f"before; the weights have not moved. Lower {rates}, or raise warmup_steps (max_skipped_steps, if it "
+                "was chance)"
             )
             raise SpikeError(message) if is_finite else NotFiniteError(message)
         self.guard.skipped_steps.append(number)

@@ -11,6 +11,8 @@ FEWEST_STEPS = 32
 """Until so many steps were taken nothing is known of what is usual, and only what is not finite counts."""
 NORMAL_MAD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
+MOST_IN_A_ROW = 5
+"""More than so many skipped steps one after the other are no accident but the end of learning."""
 LEAST_FACTOR = {"loss_nats": 1.2, "grad_norm": 4.0}
 """What lies below this multiple of the median is usual, however quiet the steps before were."""
 
@@ -40,6 +42,11 @@ class SpikeGuard:
                     f"{name} is {value:.6g}, beyond {limit:.6g}, which the {len(self._taken[name])} steps before allow"
                 )
         return None
+
+    def may_skip(self, step: int, most: int) -> bool:
+        """Whether step number `step` may be skipped too, if the run may skip `most`."""
+        is_in_a_row = self.skipped_steps[-MOST_IN_A_ROW:] == list(range(step - MOST_IN_A_ROW, step))
+        return len(self.skipped_steps) < most and not is_in_a_row
 
     def remember(self, loss_nats: float, grad_norm: float) -> None:
         """Count a step that was taken."""

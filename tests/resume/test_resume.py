@@ -281,12 +281,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(
         assert all(value == value and abs(value) != float("inf") for value in record.values())
 
 
-def test_a_damaged_checkpoint_or_shard_is_named(
-    make_run: MakeRun, start_trainer: StartTrainer, corpus_dir: Path, tmp_path: Path
+def test_a_damaged_shard_is_named_and_a_damaged_checkpoint_left_aside(
+    make_run: MakeRun,
+    start_trainer: StartTrainer,
+    uninterrupted: Path,
+    weights_hash: Callable[[Path], str],
+    tmp_path: Path,
 ) -> None:
-    run_dir = make_run("damaged", data_dir=str(tmp_path / "data"), max_steps=400, checkpoint_every=5)
+    run_dir = make_run("damaged", data_dir=str(tmp_path / "data"), **LONG)
     process = start_trainer(run_dir)
-    wait_for_step(run_dir, 6)
+    wait_for_step(run_dir, 15)
     process.terminate()
     assert process.wait(timeout=20) == 75
     shard = next((tmp_path / "data").rglob("train*.bin"))
@@ -299,8 +303,10 @@ def test_a_damaged_checkpoint_or_shard_is_named(
     content = bytearray(weights.read_bytes())
     content[-100] ^= 16
     weights.write_bytes(content)
-    assert start_trainer(run_dir).wait(timeout=60) == 1
-    assert "model.safetensors" in (Run.open(run_dir).status().message or "")
+    finish(start_trainer, run_dir)
+    assert f"{weights.name} has changed" in (run_dir / "trainer.log").read_text()
+    assert weights.parent.with_name(f"damaged-{weights.parent.name}").is_dir()
+    assert weights_hash(run_dir) == weights_hash(uninterrupted)
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"seed": 1', '{"surplus": 1}', "null", "\\xff"])

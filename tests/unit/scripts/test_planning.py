@@ -179,7 +179,7 @@ def test_a_run_that_cannot_fit_ends_before_its_first_step(make_run: Callable[...
     with pytest.raises(MemoryLimitError, match="memory_limit_mib"):
         Trainer(config, run_dir).train()
     status = Run.open(run_dir).status()
-    assert (status.status, status.step, status.cause) == ("failed", 0, "MemoryLimitError")
+    assert (status.status, status.step, status.cause) == ("failed", 0, "out of memory")
 
 
 def test_forecast_counts_tokens_time_and_disk(data_dir: str) -> None:
