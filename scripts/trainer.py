@@ -6,15 +6,16 @@ gradient. `launch` starts it as a process of its own. Shapes: B rows, T tokens.
 Exit status: 0 done, 1 failed, 2 bad config, 75 cut off and resumable.
 """
 
+import contextlib
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import nn
@@ -54,9 +55,11 @@ from hydra.runtime.memory import MemoryPlan, read_memory
 from hydra.runtime.memory.exhaustion import give_back_memory, is_out_of_memory
 from hydra.runtime.memory.host import read_peak_bytes, reset_peak
 from hydra.runtime.memory.plan import allowed_memory
-from hydra.runtime.random_state import RandomState
+from hydra.runtime.random_state import RandomState, seed_all
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 from hydra.runtime.signals import StopRequest
+from hydra.runtime.source import keep_source
+from hydra.runtime.sums import write_sums
 from scripts.config import TrainingConfig, refuse_difference
 from scripts.evaluation import as_written, evaluate, write_sample
 from scripts.launch import launch, write_config_once
@@ -148,12 +151,35 @@ class Trainer:
         try:
             with logging_to(self.run_dir / paths.LOG):
                 self._refuse_other_run()
-                if self.ledger.state.status != "done" or not self.config.is_met_by(self.ledger.state.step):
+                is_left = self.ledger.state.status != "done" or not self.config.is_met_by(self.ledger.state.step)
+                if is_left:
                     self._train_as_owner()
+            if is_left and self.ledger.state.status == "done":
+                write_sums(self.run_dir)
         finally:
             self.ledger.close()
         state = self.ledger.state
         return RunResult(self.run_dir, state.status, state.step, state.val_loss_nats, state.val_bits_per_byte)
+
+    @contextlib.contextmanager
+    def at_step(self, step: int) -> Iterator[Self]:
+        """Within it `step` steps are finished, from the newest checkpoint on, and nothing of them is written.
+
+        For whoever looks at a step again, in a copy of a run.
+        """
+        write_config_once(self.config, self.run_dir)
+        self.ledger = Ledger.open(self.run_dir)
+        try:
+            self._refuse_other_run()
+            self.ledger.begin(self.config.max_steps)
+            self._prepare()
+            self._compile_if_due()
+            while self.step < step:
+                self.take_step()
+            yield self
+            self.metrics.close()
+        finally:
+            self.ledger.close()
 
     def _train_as_owner(self) -> None:
         self.ledger.begin(self.config.max_steps)
@@ -189,10 +215,15 @@ class Trainer:
         self._compile_if_due()
         self._evaluate_if_due()
         while self.step < self.config.max_steps and not self.stop.is_set:
-            self._log_if_due(self.train_step())
-            self._compile_if_due()
+            self._log_if_due(self.take_step())
             self._evaluate_if_due()
             self._checkpoint_if_due()
+
+    def take_step(self) -> StepResult:
+        """One step of the run, as `train_step`, and the compiler if it is due after it."""
+        result = self.train_step()
+        self._compile_if_due()
+        return result
 
     def train_step(self) -> StepResult:
         """One optimizer step on the global batch of `self.step`; what the guard finds is not stepped with.
@@ -200,10 +231,7 @@ class Trainer:
         Raises:
             NotFiniteError, SpikeError: the guard found one step more than the run may skip; nothing has moved.
         """
-        config = self.config
-        batch = self.dataset.train_batch(
-            self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
-        )
+        batch = self.next_batch()
         loss_nats = self._within_memory(lambda: self.forward_backward(batch))
         result = self.update_weights(loss_nats)
 
@@ -213,6 +241,20 @@ class Trainer:
             stage="training", step=self.step, tokens=self.tokens, train_flops=self.tokens * self.flops_per_token
         )
         return result
+
+    def next_batch(self) -> Batch:
+        """The global batch of the step after `self.step`."""
+        config = self.config
+        return self.dataset.train_batch(
+            self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
+        )
+
+    def next_rows(self) -> list[int]:
+        """The rows of the train stream that it is made of."""
+        config = self.config
+        return self.dataset.train_rows(
+            self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
+        )
 
     def forward_backward(self, batch: Batch) -> float:
         """Accumulate the gradient of the mean loss over all valid tokens of the batch; returns that mean in nats.
@@ -255,9 +297,7 @@ class Trainer:
     def _note_skipped_step(self, reason: str, *, is_finite: bool) -> None:
         """Log it with what it was computed from, unless it is one too many."""
         config, number = self.config, self.step + 1
-        rows = self.dataset.train_rows(
-            self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
-        )
+        rows = self.next_rows()
         if not is_finite:
             self._require_finite_weights()
         if not self.guard.may_skip(number, config.max_skipped_steps):
@@ -349,7 +389,7 @@ class Trainer:
             save_checkpoint(
                 self.run_dir,
                 self.step,
-                self._checkpoint(),
+                self.checkpoint(),
                 self.config.keep_checkpoints,
                 [best] if self.config.keep_best and best is not None else (),
             )
@@ -363,7 +403,7 @@ class Trainer:
         self.ledger.update(stage="training")
         self._time_at_last_log += time.perf_counter() - began
 
-    def _checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
         tensors = {
             "model": self.masters.state_dict(),
@@ -450,6 +490,7 @@ class Trainer:
         self.metrics.close()
         del self.model, self.masters, self.optimizers
         give_back_memory()
+        seed_all(self.config.seed)
         if error.needs_memory:
             self._halve_micro_batch(problem)
         self._build()
@@ -661,6 +702,7 @@ def main(arguments: list[str]) -> int:
     stop = StopRequest()
     stop.listen()
     try:
+        keep_source(run_dir)
         result = Trainer(config, run_dir, stop).train()
     except HydraError as error:
         logger.error("%s", error)

@@ -23,6 +23,7 @@ from hydra.notebook.plan import COMPARISON, TRAINING, Plan
 from hydra.notebook.progress import format_duration
 from hydra.runtime import Run, RunStatus
 from hydra.runtime.paths import write_atomically
+from hydra.runtime.sums import update_sums
 
 REPORT = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -77,6 +78,7 @@ def render_report(nb: NotebookNode, plan: Plan, failure: str | None) -> Path:
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     path = plan.run_dir / REPORT
     write_atomically(path, page)
+    update_sums(path)
     return path
 
 

@@ -7,6 +7,7 @@ import nbformat
 from papermill.iorw import LocalHandler, papermill_io
 
 from hydra.runtime.paths import write_atomically
+from hydra.runtime.sums import update_sums
 
 
 class AtomicLocalHandler(LocalHandler):
@@ -17,6 +18,7 @@ class AtomicLocalHandler(LocalHandler):
         target = (Path(self._cwd or "") / path).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, buf)
+        update_sums(target)  # papermill saves once more after the run is done
 
 
 def make_local_saves_atomic() -> None:
@@ -37,3 +39,4 @@ def save_copy(nb: nbformat.NotebookNode, path: Path, original: str | None) -> No
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, nbformat.writes(nb))
+    update_sums(path)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.runtime import paths
+from hydra.runtime.source import source_sha256
 
 logger = logging.getLogger(__name__)
 # What may change the last bits of a result, beside torch.
-DECIDE_BITS = ("cpu", "cpu_capability", "gpu", "git_commit", "git_dirty")
+DECIDE_BITS = ("cpu", "cpu_capability", "gpu", "source_sha256")
 PACKAGES = ("torch", "torchao", "numpy", "tokenizers", "safetensors", "pydantic", "papermill", "nbconvert")
 
 
@@ -33,6 +34,7 @@ def describe_session() -> dict[str, object]:
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "packages": {name: _version(name) for name in PACKAGES},
+        "source_sha256": source_sha256(),
         **describe_source(),
     }
 

@@ -1,4 +1,4 @@
-"""The generators that a step may draw from (Python's, numpy's, torch's), in memory and as what a checkpoint can hold."""
+"""The generators that a step may draw from (Python's, numpy's, torch's), in memory and in a checkpoint."""
 
 import random
 from collections.abc import Mapping

@@ -1,0 +1,76 @@
+"""What a finished run consists of: SHA256SUMS, which `sha256sum -c` reads too, names every file and its content."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from hydra.runtime import paths
+
+SUMS = "SHA256SUMS"
+NOT_OF_THE_RUN = {SUMS, paths.LOCK}
+
+
+def write_sums(run_dir: Path) -> None:
+    """Take down every file of the run as it is now."""
+    _write(run_dir, {name: _hash(run_dir / name) for name in _files(run_dir)})
+
+
+def update_sums(file: Path) -> None:
+    """Take down `file` anew, if it lies in a run that has been taken down: a notebook or report of it that was made
+    after its end, or made again.
+    """
+    run_dir = file.parent
+    if (run_dir / SUMS).is_file():
+        _write(run_dir, {**_read(run_dir), file.name: _hash(file)})
+
+
+def find_changes(run_dir: Path) -> list[str]:
+    """One line for each file that is not as it was taken down, is missing, or has come since; [] if all is well.
+
+    A run that has not been taken down, since it is not done, gives one line that says so.
+    """
+    if not (run_dir / SUMS).is_file():
+        return [f"{SUMS}: there is none; it is written when a run is done"]
+    try:
+        known = _read(run_dir)
+    except ValueError as error:
+        return [f"{SUMS}: is not as it was written ({error})"]
+    there = set(_files(run_dir))
+    problems = [f"{name}: is missing" for name in sorted(known.keys() - there)]
+    problems += [f"{name}: has come since the run was done" for name in sorted(there - known.keys())]
+    problems += [
+        f"{name}: has changed since it was written (SHA-256 differs)"
+        for name in sorted(known.keys() & there)
+        if _hash(run_dir / name) != known[name]
+    ]
+    return problems
+
+
+def _files(run_dir: Path) -> list[str]:
+    found = (str(Path(folder, name).relative_to(run_dir)) for folder, _, names in os.walk(run_dir) for name in names)
+    return sorted(name for name in found if name not in NOT_OF_THE_RUN and not Path(name).name.startswith("."))
+
+
+def _hash(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _read(run_dir: Path) -> dict[str, str]:
+    """Hashes by name.
+
+    Raises:
+        ValueError: a line is not one that `_write` writes.
+    """
+    known = {}
+    for line in (run_dir / SUMS).read_text(errors="strict").splitlines():
+        digest, separator, name = line.partition("  ")
+        if len(digest) != 64 or not separator or not name or name in known:
+            raise ValueError(f"line {line!r}")
+        known[name] = digest
+    return known
+
+
+def _write(run_dir: Path, known: dict[str, str]) -> None:
+    lines = (f"{digest}  {name}\n" for name, digest in sorted(known.items()))
+    paths.write_atomically(run_dir / SUMS, "".join(lines))

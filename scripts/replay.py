@@ -1,0 +1,325 @@
+"""A step of a run once more, with a look inside; a new run from a step of another; and whether a run is what it says.
+
+All of it works on a copy of the run, with whatever the run was computed by, and leaves the run as it is.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hydra.errors import HydraError, NotFiniteError, RunError, SpikeError
+from hydra.runtime import Run, paths, workspace_root
+from hydra.runtime.checkpoint import check_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, step_of
+from hydra.runtime.random_state import RandomState
+from hydra.runtime.records import keep_records
+from hydra.runtime.sums import find_changes
+from scripts.config import TrainingConfig
+from scripts.evaluation import as_written
+from scripts.launch import launch
+from scripts.trainer import StepResult, Trainer
+
+PARENT = "parent.json"
+# What a run goes on by, beside its checkpoints.
+CARRIED = (paths.ENVIRONMENT, paths.MEMORY_PLAN, paths.MANIFEST, paths.TOKENIZER)
+RECORDS = (paths.METRICS, paths.SAMPLES, paths.SKIPPED)
+
+
+@dataclass(frozen=True)
+class ModuleRecord:
+    """What a module gave in a step: root mean squares, the largest over its micro-batches; NaN where not finite."""
+
+    name: str
+    output_rms: float
+    gradient_rms: float
+    """Of the gradient of its output; 0.0 where none came."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One step, computed once more."""
+
+    step: int
+    """Number of the step, the first being 1."""
+    rows: list[int]
+    """Rows of the train stream that its batch is made of."""
+    loss_nats: float
+    grad_norm: float
+    skipped: str | None
+    """Why the optimizers were not stepped, if they were not."""
+    recorded: Mapping[str, object] | None
+    """The line of metrics.jsonl about the step, if it was logged."""
+    first_not_finite: str | None
+    """The first module whose output, or else the gradient of whose output, is not finite."""
+    modules: list[ModuleRecord]
+
+    @property
+    def is_as_recorded(self) -> bool | None:
+        """Whether loss and gradient norm are bit for bit those of metrics.jsonl; None if they do not stand there."""
+        if self.recorded is None or "loss_nats" not in self.recorded:
+            return None
+        return (self.recorded["loss_nats"], self.recorded["grad_norm"]) == (self.loss_nats, self.grad_norm)
+
+    def describe(self) -> str:
+        """What a person wants to know: what went wrong first, or what every module gave."""
+        lines = [
+            f"step {self.step}: loss {self.loss_nats:.6g} nats, gradient norm {self.grad_norm:.6g}, "
+            f"rows {self.rows} of the train stream"
+        ]
+        if self.skipped:
+            lines.append(f"not taken: {self.skipped}")
+        if self.is_as_recorded is not None:
+            lines.append("bit for bit as recorded" if self.is_as_recorded else f"recorded was {self.recorded}")
+        if self.first_not_finite:
+            lines.append(f"first not finite: {self.first_not_finite}")
+        lines += [f"{'module':<44} {'output rms':>12} {'gradient rms':>12}"]
+        lines += [
+            f"{record.name:<44} {record.output_rms:>12.4g} {record.gradient_rms:>12.4g}" for record in self.modules
+        ]
+        return "\n".join(lines)
+
+
+def replay(run: Run, step: int) -> Replay:
+    """Compute step number `step` (from 1) of the run once more, from the nearest checkpoint before it.
+
+    First with the blocks as they are written and a look at every module, without moving anything; then as the run does
+    it, bit for bit where processor, torch and source are those of the run.
+
+    Raises:
+        RunError: the run has no such step.
+        HydraError: as a trainer raises it: the shards are not there, the memory does not suffice, ...
+    """
+    config = TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
+    if not 1 <= step <= config.max_steps:
+        raise RunError(f"step must be one of 1 to {config.max_steps} of run {run.name}, but got {step}")
+    with _copied(run, before=step) as copy, Trainer(config, copy).at_step(step - 1) as trainer:
+        rows, batch, generators = trainer.next_rows(), trainer.next_batch(), RandomState.now()
+        probe = Probe(trainer.model)
+        with as_written(trainer.model), probe.watching():
+            loss_nats = trainer.forward_backward(batch)
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        generators.restore()
+        try:
+            result = trainer.train_step()
+        except (NotFiniteError, SpikeError) as error:  # the step at which the run ended
+            result = StepResult(loss_nats, math.nan, math.nan, str(error))
+    recorded = [record for record in run.metrics() if record["step"] == step and "learning_rate" in record]
+    return Replay(
+        step=step,
+        rows=rows,
+        loss_nats=result.loss_nats,
+        grad_norm=result.grad_norm,
+        skipped=result.skipped,
+        recorded=recorded[0] if recorded else None,
+        first_not_finite=probe.first_not_finite(),
+        modules=probe.records(),
+    )
+
+
+def fork(run: Run, step: int, run_dir: str | Path | None = None, **changes: object) -> Run:
+    """Start a new run that goes on from `step` finished steps of `run`, with `changes` of its config.
+
+    Args:
+        run_dir: the new run; left out, a name beside the old one. Its parent is recorded in parent.json.
+        changes: fields that a run may change (scripts.config.CHANGEABLE).
+
+    Raises:
+        ConfigError: a field that may not be changed, or a value that it may not have.
+        RunError: the run has no such step, or there is something in run_dir.
+    """
+    config = TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
+    if not 0 <= step <= config.max_steps:
+        raise RunError(f"step must be one of 0 to {config.max_steps} of run {run.name}, but got {step}")
+    stored = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    preset = stored.pop("preset_name")
+    allowed = {"allow_changes": tuple({*config.allow_changes, *changes})} if changes else {}
+    forked = TrainingConfig.preset(preset, **{**stored, **changes, **allowed})
+    target = paths.next_free(run.directory) if run_dir is None else (workspace_root() / run_dir).resolve()
+    if target.exists():
+        raise RunError(f"a fork needs a folder of its own, but there is {target}; give another run_dir")
+    with _copied(run, before=step + 1) as copy:
+        if step > 0 and step not in {step_of(directory) for directory in list_checkpoints(copy)}:
+            with Trainer(config, copy).at_step(step) as trainer:
+                save_checkpoint(copy, step, trainer.checkpoint(), keep_last=1)
+        _drop_later(copy, run, step)
+        parent = {"run": run.name, "step": step, "config": json.loads(config.to_json())}
+        paths.write_json(copy / PARENT, parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(copy, target)
+    return launch(forked, target)
+
+
+def verify(run: Run, n_steps: int = 20) -> Iterator[str]:
+    """What is not as it should be with a finished run, one line each; nothing if all is well.
+
+    Every file is compared with what was taken down when the run was done. Then `n_steps` steps are computed again from
+    the start and from every checkpoint that is kept: losses and gradient norms must be bit for bit those of
+    metrics.jsonl, and weights and optimizer those of the next checkpoint, where the steps come to it.
+    """
+    yield from find_changes(run.directory)
+    config = TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
+    starts = [0]
+    for directory in list_checkpoints(run.directory):
+        try:
+            check_checkpoint(directory)
+        except HydraError as error:
+            yield str(error)
+        else:
+            starts.append(step_of(directory))
+    recorded = {record["step"]: record for record in run.metrics() if "grad_norm" in record}
+    for start in starts:
+        stop = min(start + n_steps, config.max_steps)
+        with _copied(run, before=start + 1) as copy, Trainer(config, copy).at_step(start) as trainer:
+            while trainer.step < stop:
+                result = trainer.take_step()
+                there = recorded.get(trainer.step)
+                if there and (there["loss_nats"], there["grad_norm"]) != (result.loss_nats, result.grad_norm):
+                    yield (
+                        f"step {trainer.step}: loss and gradient norm are {result.loss_nats!r} and "
+                        f"{result.grad_norm!r}, but recorded are {there['loss_nats']!r} and {there['grad_norm']!r}"
+                    )
+                if trainer.step in starts[1:]:
+                    yield from _differences(trainer, run, trainer.step)
+
+
+def _differences(trainer: Trainer, run: Run, step: int) -> Iterator[str]:
+    directory = next(path for path in list_checkpoints(run.directory) if step_of(path) == step)
+    computed = trainer.checkpoint().tensors
+    stored = load_checkpoint(directory, groups=tuple(computed)).tensors
+    for group, tensors in computed.items():
+        for name, tensor in tensors.items():
+            if name not in stored[group] or not torch.equal(tensor.cpu(), stored[group][name]):
+                yield f"{directory.name}: {group} {name} is not what computing the steps before it again gives"
+
+
+@contextlib.contextmanager
+def _copied(run: Run, before: int) -> Iterator[Path]:
+    """A copy of the run with its newest whole checkpoint of fewer than `before` finished steps, while it is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / run.name
+        copy.mkdir()
+        for name in (paths.CONFIG, *CARRIED):
+            if (run.directory / name).is_file():
+                shutil.copy2(run.directory / name, copy / name)
+        if (run.directory / paths.CODE).is_dir():
+            shutil.copytree(run.directory / paths.CODE, copy / paths.CODE)
+        for directory in reversed(list_checkpoints(run.directory)):
+            if step_of(directory) < before:
+                try:
+                    check_checkpoint(directory)
+                except HydraError:
+                    continue
+                _link_tree(directory, copy / paths.CHECKPOINTS / directory.name)
+                break
+        yield copy
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Checkpoints are never written to, so that on one file system a name is enough of a copy."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+def _drop_later(copy: Path, run: Run, step: int) -> None:
+    """Keep of a copy what the run held after `step` steps, with the records of them."""
+    for directory in list_checkpoints(copy):
+        if step_of(directory) != step:
+            shutil.rmtree(directory)
+    for name in RECORDS:
+        if (run.directory / name).is_file():
+            shutil.copy2(run.directory / name, copy / name)
+            keep_records(copy / name, lambda number: number <= step)
+    for name in (paths.STATE, paths.LOCK, paths.LOG):
+        (copy / name).unlink(missing_ok=True)
+    shutil.rmtree(copy / paths.EVENTS, ignore_errors=True)
+
+
+class Probe:
+    """Looks at what every module of a model gives and what gradient comes back, in the order in which they do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._output_rms: dict[str, float] = {}
+        self._gradient_rms: dict[str, float] = {}
+        self._first_output: str | None = None
+        self._first_gradient: str | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it forward and backward passes are looked at."""
+        handles = [
+            module.register_forward_hook(lambda _module, _inputs, output, name=name: self._see(name, output))
+            for name, module in self._model.named_modules()
+            if name
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def first_not_finite(self) -> str | None:
+        """`<module>: its output`, or if all outputs are finite `<module>: the gradient of its output`."""
+        if self._first_output is not None:
+            return f"{self._first_output}: its output"
+        return f"{self._first_gradient}: the gradient of its output" if self._first_gradient is not None else None
+
+    def records(self) -> list[ModuleRecord]:
+        """In the order in which modules were done."""
+        return [ModuleRecord(name, rms, self._gradient_rms.get(name, 0.0)) for name, rms in self._output_rms.items()]
+
+    def _see(self, name: str, output: object) -> None:
+        tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+        rms = _rms(tensors)
+        self._output_rms[name] = _worse(rms, self._output_rms.get(name, 0.0))
+        if self._first_output is None and not math.isfinite(rms):
+            self._first_output = name
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: self._see_gradient(name, gradient))
+
+    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+        rms = _rms([gradient])
+        self._gradient_rms[name] = _worse(rms, self._gradient_rms.get(name, 0.0))
+        if self._first_gradient is None and not math.isfinite(rms):
+            self._first_gradient = name
+
+
+def _worse(one: float, other: float) -> float:
+    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _rms(tensors: list[Tensor]) -> float:
+    """Root mean square over all numbers; NaN if one is not finite, 0.0 of nothing."""
+    squares = sum(float(tensor.detach().double().square().sum()) for tensor in tensors)
+    n = sum(tensor.numel() for tensor in tensors)
+    if n == 0:
+        return 0.0
+    return math.sqrt(squares / n) if math.isfinite(squares) else math.nan

@@ -1,0 +1,184 @@
+"""Any step of a run once more, a new run from a step of another, and what a finished run is compared with."""
+
+import json
+import shutil
+import subprocess
+import time
+import unittest.mock
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hydra.errors import ConfigError, RunError
+from hydra.layers.feed_forward import SquaredReLU
+from hydra.runtime import Run
+from hydra.runtime.sums import find_changes, write_sums
+from scripts.config import TrainingConfig
+from scripts.replay import fork, replay, verify
+from scripts.trainer import Trainer
+
+MakeRun = Callable[..., Path]
+StartTrainer = Callable[[Path], "subprocess.Popen[str]"]
+FIELDS = {"max_steps": 60, "batch_size": 6, "micro_batch_size": 2, "checkpoint_every": 20, "eval_every": 25}
+
+
+@pytest.fixture(scope="module")
+def finished(make_run: MakeRun, start_trainer: StartTrainer) -> Path:
+    run_dir = make_run("finished", **FIELDS)
+    process = start_trainer(run_dir)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return run_dir
+
+
+@pytest.mark.parametrize("step", [1, 41, 47, 60])
+def test_a_step_once_more(finished: Path, step: int) -> None:
+    """From the start, from the first step behind a checkpoint, from between, the last."""
+    before = contents(finished)
+    again = replay(Run.open(finished), step)
+    assert again.is_as_recorded, again.describe()
+    assert again.first_not_finite is None
+    assert len(again.rows) == 6
+    by_name = {record.name: record for record in again.modules}
+    assert by_name["blocks.1.attention.q_proj"].output_rms > 0.0
+    assert by_name["blocks.1.feed_forward"].gradient_rms > 0.0
+    assert contents(finished) == before  # the run is as it was
+
+
+def contents(run_dir: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_a_step_that_is_not_there(finished: Path) -> None:
+    for step in (0, 61):
+        with pytest.raises(RunError, match="1 to 60"):
+            replay(Run.open(finished), step)
+
+
+@pytest.mark.parametrize("where", ["output", "gradient"])
+def test_what_is_not_finite_first_is_named(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The second feed-forward layer fails for the batch of step 50, in the run and whenever that is computed again."""
+    run_dir = make_run("poisoned", **FIELDS)
+    config = TrainingConfig.from_json((run_dir / "config.json").read_text())
+    bad_inputs = torch.from_numpy(batch_of(config, run_dir, 50))
+    was_forward = SquaredReLU.forward
+
+    def forward(self: SquaredReLU, x_BTD: torch.Tensor) -> torch.Tensor:
+        out_BTD = was_forward(self, x_BTD)
+        if not (is_second(self) and torch.equal(seen["inputs"], bad_inputs[2:4])):
+            return out_BTD
+        if where == "output":
+            return out_BTD.masked_fill(torch.ones_like(out_BTD, dtype=torch.bool), torch.nan)
+        out_BTD.register_hook(lambda gradient: gradient * torch.inf)
+        return out_BTD
+
+    seen: dict[str, torch.Tensor] = {}
+    layers: list[int] = []
+
+    def is_second(layer: SquaredReLU) -> bool:
+        if id(layer) not in layers:
+            layers.append(id(layer))
+        return layers.index(id(layer)) % 2 == 1
+
+    was_forward_backward = Trainer._to_device
+
+    def remember(self: Trainer, batch: object) -> tuple[torch.Tensor, ...]:
+        tensors = was_forward_backward(self, batch)  # type: ignore[arg-type]
+        seen["inputs"] = tensors[0]
+        return tensors
+
+    monkeypatch.setattr(SquaredReLU, "forward", forward)
+    monkeypatch.setattr(Trainer, "_to_device", remember)
+    Trainer(config, run_dir).train()
+    run = Run.open(run_dir)
+    assert run.status().status == "done"
+    skipped = [json.loads(line) for line in (run_dir / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in skipped] == [50]
+
+    began = time.monotonic()
+    again = replay(run, 50)
+    assert time.monotonic() - began < 30
+    assert again.rows == skipped[0]["rows"]
+    assert again.skipped == skipped[0]["reason"]
+    whose = {"output": "its output", "gradient": "the gradient of its output"}[where]
+    assert again.first_not_finite == f"blocks.1.feed_forward: {whose}", again.describe()
+
+
+def batch_of(config: TrainingConfig, run_dir: Path, step: int) -> np.ndarray:
+    trainer = Trainer(config, run_dir.with_name("looked-up"))
+    with trainer.at_step(0):
+        return trainer.dataset.train_batch(
+            step - 1, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
+        ).inputs_BT
+
+
+@pytest.mark.parametrize("step", [0, 40, 47])
+def test_an_unchanged_fork_equals_its_parent(
+    finished: Path,
+    step: int,
+    weights_hash: Callable[[Path], str],
+    figures: Callable[[Path], list[dict[str, object]]],
+) -> None:
+    run = fork(Run.open(finished), step, finished.with_name(f"fork-{step}"))
+    assert wait(run).status == "done"
+    assert weights_hash(run.directory) == weights_hash(finished)
+    assert figures(run.directory) == figures(finished)
+    parent = json.loads((run.directory / "parent.json").read_text())
+    assert (parent["run"], parent["step"]) == ("finished", step)
+
+
+def wait(run: Run) -> object:
+    deadline = time.monotonic() + 120
+    while run.status().status in ("queued", "running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return run.status()
+
+
+def test_a_fork_with_changes(finished: Path) -> None:
+    run = fork(Run.open(finished), 40, finished.with_name("changed"), learning_rate=1e-4, max_steps=70)
+    assert wait(run).step == 70
+    assert run.environment()["changes"] == [
+        {
+            "step": 40,
+            "fields": {"learning_rate": [3e-3, 1e-4], "max_steps": [60, 70], "allow_changes": [[], unittest.mock.ANY]},
+        }
+    ]
+    before, after = (
+        [record for record in Run.open(directory).metrics() if record["step"] <= 40 and "val_loss_nats" not in record]
+        for directory in (finished, run.directory)
+    )
+    assert before == after
+    with pytest.raises(ConfigError, match="d_model"):
+        fork(Run.open(finished), 40, finished.with_name("wider"), d_model=64)
+    with pytest.raises(RunError, match="folder of its own"):
+        fork(Run.open(finished), 40, finished.with_name("changed"))
+
+
+def test_a_moved_run_is_verified_and_any_altered_byte_is_named(finished: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(finished, tmp_path / "moved"))
+    assert list(verify(Run.open(moved), 20)) == []
+    names = [path.relative_to(moved) for path in sorted(moved.rglob("*")) if path.is_file() and path.name != "lock"]
+    assert {"config.json", "metrics.jsonl", "trainer.log", "SHA256SUMS"} <= {str(name) for name in names}
+    for name in names:
+        content = bytearray((moved / name).read_bytes() or b" ")
+        content[len(content) // 2] ^= 1
+        (moved / name).write_bytes(content)
+        assert any(str(name) in problem for problem in find_changes(moved)), name
+        (moved / name).write_bytes((finished / name).read_bytes())
+
+
+def test_a_run_that_was_tampered_with_as_a_whole_is_found_by_computing(finished: Path, tmp_path: Path) -> None:
+    """A figure is made better and taken down anew: only computing it again tells."""
+    better = Path(shutil.copytree(finished, tmp_path / "better"))
+    lines = (better / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(lines[10])
+    lines[10] = json.dumps({**record, "loss_nats": record["loss_nats"] - 0.1})
+    (better / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    write_sums(better)
+    problems = list(verify(Run.open(better), 20))
+    assert len(problems) == 1
+    assert f"step {record['step']}" in problems[0]
