@@ -7,9 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from hydra.errors import HydraError, NotFiniteError, RunError, SpikeError
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.checkpoint import check_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, step_of
+from hydra.runtime.copies import copied
 from hydra.runtime.random_state import RandomState
 from hydra.runtime.records import keep_records
 from hydra.runtime.sums import find_changes
@@ -29,8 +28,6 @@ from scripts.launch import launch
 from scripts.trainer import StepResult, Trainer
 
 PARENT = "parent.json"
-# What a run goes on by, beside its checkpoints.
-CARRIED = (paths.ENVIRONMENT, paths.MEMORY_PLAN, paths.MANIFEST, paths.TOKENIZER)
 RECORDS = (paths.METRICS, paths.SAMPLES, paths.SKIPPED)
 
 
@@ -101,7 +98,7 @@ def replay(run: Run, step: int) -> Replay:
     config = TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
     if not 1 <= step <= config.max_steps:
         raise RunError(f"step must be one of 1 to {config.max_steps} of run {run.name}, but got {step}")
-    with _copied(run, before=step) as copy, Trainer(config, copy).at_step(step - 1) as trainer:
+    with copied(run, before=step) as copy, Trainer(config, copy).at_step(step - 1) as trainer:
         rows, batch, generators = trainer.next_rows(), trainer.next_batch(), RandomState.now()
         probe = Probe(trainer.model)
         with as_written(trainer.model), probe.watching():
@@ -147,7 +144,7 @@ def fork(run: Run, step: int, run_dir: str | Path | None = None, **changes: obje
     target = paths.next_free(run.directory) if run_dir is None else (workspace_root() / run_dir).resolve()
     if target.exists():
         raise RunError(f"a fork needs a folder of its own, but there is {target}; give another run_dir")
-    with _copied(run, before=step + 1) as copy:
+    with copied(run, before=step + 1) as copy:
         if step > 0 and step not in {step_of(directory) for directory in list_checkpoints(copy)}:
             with Trainer(config, copy).at_step(step) as trainer:
                 save_checkpoint(copy, step, trainer.checkpoint(), keep_last=1)
@@ -179,7 +176,7 @@ def verify(run: Run, n_steps: int = 20) -> Iterator[str]:
     recorded = {record["step"]: record for record in run.metrics() if "grad_norm" in record}
     for start in starts:
         stop = min(start + n_steps, config.max_steps)
-        with _copied(run, before=start + 1) as copy, Trainer(config, copy).at_step(start) as trainer:
+        with copied(run, before=start + 1) as copy, Trainer(config, copy).at_step(start) as trainer:
             while trainer.step < stop:
                 result = trainer.take_step()
                 there = recorded.get(trainer.step)
@@ -200,40 +197,6 @@ def _differences(trainer: Trainer, run: Run, step: int) -> Iterator[str]:
         for name, tensor in tensors.items():
             if name not in stored[group] or not torch.equal(tensor.cpu(), stored[group][name]):
                 yield f"{directory.name}: {group} {name} is not what computing the steps before it again gives"
-
-
-@contextlib.contextmanager
-def _copied(run: Run, before: int) -> Iterator[Path]:
-    """A copy of the run with its newest whole checkpoint of fewer than `before` finished steps, while it is needed."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / run.name
-        copy.mkdir()
-        for name in (paths.CONFIG, *CARRIED):
-            if (run.directory / name).is_file():
-                shutil.copy2(run.directory / name, copy / name)
-        if (run.directory / paths.CODE).is_dir():
-            shutil.copytree(run.directory / paths.CODE, copy / paths.CODE)
-        for directory in reversed(list_checkpoints(run.directory)):
-            if step_of(directory) < before:
-                try:
-                    check_checkpoint(directory)
-                except HydraError:
-                    continue
-                _link_tree(directory, copy / paths.CHECKPOINTS / directory.name)
-                break
-        yield copy
-
-
-def _link_tree(source: Path, target: Path) -> None:
-    """Checkpoints are never written to, so that on one file system a name is enough of a copy."""
-
-    def link(one: str, other: str) -> None:
-        try:
-            os.link(one, other)
-        except OSError:
-            shutil.copy2(one, other)
-
-    shutil.copytree(source, target, copy_function=link)
 
 
 def _drop_later(copy: Path, run: Run, step: int) -> None:

@@ -43,9 +43,10 @@ from hydra.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
-from hydra.runtime import paths, workspace_root
+from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, load_checkpoint, newest_whole, save_checkpoint
 from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
+from hydra.runtime.copies import copied
 from hydra.runtime.disk import is_disk_full, require_room
 from hydra.runtime.environment import record_changes
 from hydra.runtime.guard import SpikeGuard
@@ -56,6 +57,7 @@ from hydra.runtime.memory.exhaustion import give_back_memory, is_out_of_memory
 from hydra.runtime.memory.host import read_peak_bytes, reset_peak
 from hydra.runtime.memory.plan import allowed_memory
 from hydra.runtime.random_state import RandomState, seed_all
+from hydra.runtime.ranks import Ranks
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
 from hydra.runtime.signals import StopRequest
 from hydra.runtime.source import keep_source
@@ -125,11 +127,19 @@ class Trainer:
     dataset: Dataset
     metrics: MetricsWriter
 
-    def __init__(self, config: TrainingConfig, run_dir: str | Path, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        run_dir: str | Path,
+        stop: StopRequest | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    ) -> None:
         """`stop` asks for an early end with a checkpoint; left out, only the last step ends the run."""
         self.config = config
         self.run_dir = (workspace_root() / run_dir).resolve()
         self.stop = stop or StopRequest()
+        self.ranks = ranks
+        self._ranks_stop = False  # as all ranks agreed in the last step
         self.step = 0  # finished optimizer steps
         self.tokens = 0  # tokens that were trained on
         self.guard = SpikeGuard(config.spike_deviations)
@@ -152,7 +162,7 @@ class Trainer:
             with logging_to(self.run_dir / paths.LOG):
                 self._refuse_other_run()
                 is_left = self.ledger.state.status != "done" or not self.config.is_met_by(self.ledger.state.step)
-                if is_left:
+                if self.ranks.is_any(is_left):
                     self._train_as_owner()
             if is_left and self.ledger.state.status == "done":
                 write_sums(self.run_dir)
@@ -181,6 +191,13 @@ class Trainer:
         finally:
             self.ledger.close()
 
+    def assist(self) -> None:
+        """Compute a share of every step's gradient until the owner's run ends; for ranks but the first, in a copy."""
+        with self.at_step(0):
+            self.ranks.wait_for_all()
+            while self.step < self.config.max_steps and not self.is_stopping:
+                self.take_step()
+
     def _train_as_owner(self) -> None:
         self.ledger.begin(self.config.max_steps)
         try:
@@ -189,6 +206,8 @@ class Trainer:
                 self._abandon_preparation(self.stop.signal_name)
             self._prepare()
             self.stop.when_received = None
+            self.ranks.wait_for_all()  # what others need of the run is there
+            self.ranks.wait_for_all()  # and they are ready
             # What preparing took is not what training takes.
             reset_peak()
 
@@ -214,10 +233,15 @@ class Trainer:
     def _take_steps(self) -> None:
         self._compile_if_due()
         self._evaluate_if_due()
-        while self.step < self.config.max_steps and not self.stop.is_set:
+        while self.step < self.config.max_steps and not self.is_stopping:
             self._log_if_due(self.take_step())
             self._evaluate_if_due()
             self._checkpoint_if_due()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no more steps are to be taken; of several ranks none may leave before the others."""
+        return self.stop.is_set if self.ranks.count == 1 else self._ranks_stop
 
     def take_step(self) -> StepResult:
         """One step of the run, as `train_step`, and the compiler if it is due after it."""
@@ -262,14 +286,24 @@ class Trainer:
         Each micro-batch contributes its sum divided by the whole batch's tokens, so how the batch is cut changes
         rounding and nothing else.
         """
-        loss_nats = 0.0
-        for start in range(0, len(batch.inputs_BT), self.micro_batch_size):
-            rows = batch.slice_rows(start, start + self.micro_batch_size)
+        loss_nats, own = 0.0, self.ranks.rows_of(len(batch.inputs_BT))
+        for start in range(own.start, own.stop, self.micro_batch_size):
+            rows = batch.slice_rows(start, min(start + self.micro_batch_size, own.stop))
             output = self.model(*self._to_device(rows))
             loss = torch.stack(list(output.losses.values())).sum() / batch.n_valid_tokens
             loss.backward()
             loss_nats += float(loss.detach())
-        return loss_nats
+        return self._add_up_ranks(loss_nats)
+
+    def _add_up_ranks(self, loss_nats: float) -> float:
+        """Loss and gradients over all ranks, which also agree here on whether this is the last step."""
+        if self.ranks.count == 1:
+            return loss_nats
+        said = torch.tensor([loss_nats, float(self.stop.is_set)], dtype=torch.float64)
+        self.ranks.add_up([said])
+        self.ranks.add_up(master.grad for master in self.masters.named.values() if master.grad is not None)
+        self._ranks_stop = bool(said[1])
+        return float(said[0])
 
     def update_weights(self, loss_nats: float) -> StepResult:
         """Clip the gradient, step every optimizer with it unless the guard finds something, and drop it."""
@@ -359,7 +393,7 @@ class Trainer:
                     self.device,
                     n_rows=self.micro_batch_size,
                     n_tokens=self.config.context_length,
-                    is_stopped=lambda: self.stop.is_set,
+                    is_stopped=lambda: self.is_stopping,
                 )
             )
             if figures is None:
@@ -378,7 +412,7 @@ class Trainer:
         is_last = self.step == self.config.max_steps
         best = self._best_step()
         is_best = self.config.keep_best and self.step == best
-        if not (self.step % self.config.checkpoint_every == 0 or is_last or is_best or self.stop.is_set):
+        if not (self.step % self.config.checkpoint_every == 0 or is_last or is_best or self.is_stopping):
             return
         began = time.perf_counter()
         self.ledger.update(stage="writing a checkpoint")
@@ -413,6 +447,7 @@ class Trainer:
         trainer_state = {
             "step": self.step,
             "tokens": self.tokens,
+            "n_ranks": self.ranks.count,
             "best_step": self._best_step(),
             "guard": self.guard.state(),
             "config": self.config.to_json(),
@@ -441,6 +476,10 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 refusal = str(error)
+            if self.ranks.count > 1:
+                raise OutOfMemoryError(
+                    f"memory was refused to one of {self.ranks.count} processes ({refusal}); lower micro_batch_size"
+                )
             # Only here, when the error is gone and with it the frames that hold the activations.
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -483,7 +522,7 @@ class Trainer:
         """
         problem = str(error)
         self.rollbacks += 1
-        if self.rollbacks > MAX_ROLLBACKS:
+        if self.rollbacks > MAX_ROLLBACKS or self.ranks.count > 1:
             kind = OutOfMemoryError if error.needs_memory else NotFiniteError
             raise kind(f"{problem}, {self.rollbacks} times in this session; see {self.run_dir / paths.LOG}")
         logger.warning("%s; going back to the newest checkpoint", problem)
@@ -614,6 +653,9 @@ class Trainer:
         stored = TrainingConfig.from_json(state["config"])
         refuse_difference(self.config, stored, self.run_dir)
         self._changes = self.config.differences(stored)
+        n_ranks = state.get("n_ranks", 1)  # runs of before were of one process
+        if n_ranks != self.ranks.count:
+            self._changes["n_ranks"] = (n_ranks, self.ranks.count)
         if self._changes:
             record_changes(self.run_dir, int(state["step"]), self._changes)
 
@@ -684,6 +726,16 @@ def execution_of(choices: Choices) -> Execution:
 # -------------------------------------------------------------------- starting it
 
 
+def assist(config: TrainingConfig, run_dir: Path, stop: StopRequest, ranks: Ranks) -> int:
+    """Train with the run's owner, in a copy of what it has made of the run; returns the exit status."""
+    if not ranks.is_any(False):
+        return EXIT_DONE
+    ranks.wait_for_all()
+    with copied(Run.open(run_dir)) as copy:
+        Trainer(config, copy, stop, ranks).assist()
+    return EXIT_DONE
+
+
 def main(arguments: list[str]) -> int:
     """Train the run directory that is the one argument; returns the exit status."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
@@ -702,8 +754,11 @@ def main(arguments: list[str]) -> int:
     stop = StopRequest()
     stop.listen()
     try:
+        ranks = Ranks.join()
+        if not ranks.is_first:
+            return assist(config, run_dir, stop, ranks)
         keep_source(run_dir)
-        result = Trainer(config, run_dir, stop).train()
+        result = Trainer(config, run_dir, stop, ranks).train()
     except HydraError as error:
         logger.error("%s", error)
         return EXIT_FAILED
