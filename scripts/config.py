@@ -192,6 +192,11 @@ class TrainingConfig:
     """Tokens of the text sample that is written at each evaluation; 0: no samples."""
     sample_prompt: str = "def "
     """What the text samples go on from."""
+    wandb_mode: Literal["disabled", "offline", "online"] = "disabled"
+    """Whether Weights & Biases gets the config and the metrics too: `online`, or `offline` into the run's folder
+    `wandb/`, for `wandb sync` later. What it gets, and whether it answers, changes nothing in the run."""
+    wandb_project: Annotated[str, Field(min_length=1)] = "hydra"
+    """Project that the run appears in at Weights & Biases; `disabled` does not read it."""
 
     def __post_init__(self) -> None:
         must(
@@ -522,6 +527,8 @@ ADDED_LATER: Mapping[str, object] = {
     "keep_best": False,
     "when_disk_is_full": "stop",
     "allow_changes": (),
+    "wandb_mode": "disabled",
+    "wandb_project": "hydra",
 }
 
 # What a run may change while it goes on, when allow_changes names it: nothing that its weights, their optimizer's
@@ -557,8 +564,8 @@ CHANGEABLE = frozenset(
         "sample_prompt",
     }
 )
-# Differences that need no leave: the one changes rounding alone, the other nothing.
-ALWAYS_CHANGEABLE = frozenset({"micro_batch_size", "allow_changes"})
+# Differences that need no leave: the first changes rounding alone, the others nothing.
+ALWAYS_CHANGEABLE = frozenset({"micro_batch_size", "allow_changes", "wandb_mode", "wandb_project"})
 
 # What an engine leaves in a run directory before the trainer has begun.
 NOT_YET_A_RUN = (r".*\.ipynb", r"report\.html", r"\..*", CODE)

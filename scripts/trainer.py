@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
@@ -62,6 +63,7 @@ from hydra.runtime.records import MetricsWriter, append_record, keep_records, re
 from hydra.runtime.signals import StopRequest
 from hydra.runtime.source import keep_source
 from hydra.runtime.sums import write_sums
+from hydra.runtime.tracking import check_installed
 from scripts.config import TrainingConfig, refuse_difference
 from scripts.evaluation import as_written, evaluate, write_sample
 from scripts.launch import launch, write_config_once
@@ -139,6 +141,7 @@ class Trainer:
         self.run_dir = (workspace_root() / run_dir).resolve()
         self.stop = stop or StopRequest()
         self.ranks = ranks
+        self.wandb_mode = config.wandb_mode
         self._ranks_stop = False  # as all ranks agreed in the last step
         self.step = 0  # finished optimizer steps
         self.tokens = 0  # tokens that were trained on
@@ -154,12 +157,14 @@ class Trainer:
 
         Raises:
             RunError: the directory holds another config, or has an owner.
+            ConfigError: W&B is asked for and not installed.
             HydraError: as the ledger then says: bad data, a damaged checkpoint, a loss that is not finite.
         """
+        check_installed(self.config.wandb_mode)
         write_config_once(self.config, self.run_dir)
         self.ledger = Ledger.open(self.run_dir)
         try:
-            with logging_to(self.run_dir / paths.LOG):
+            with logging_to(self.run_dir / paths.LOG), ExitStack() as self._closing:
                 self._refuse_other_run()
                 is_left = self.ledger.state.status != "done" or not self.config.is_met_by(self.ledger.state.step)
                 if self.ranks.is_any(is_left):
@@ -178,16 +183,17 @@ class Trainer:
         For whoever looks at a step again, in a copy of a run.
         """
         write_config_once(self.config, self.run_dir)
+        self.wandb_mode = "disabled"
         self.ledger = Ledger.open(self.run_dir)
         try:
-            self._refuse_other_run()
-            self.ledger.begin(self.config.max_steps)
-            self._prepare()
-            self._compile_if_due()
-            while self.step < step:
-                self.take_step()
-            yield self
-            self.metrics.close()
+            with ExitStack() as self._closing:
+                self._refuse_other_run()
+                self.ledger.begin(self.config.max_steps)
+                self._prepare()
+                self._compile_if_due()
+                while self.step < step:
+                    self.take_step()
+                yield self
         finally:
             self.ledger.close()
 
@@ -526,7 +532,7 @@ class Trainer:
             kind = OutOfMemoryError if error.needs_memory else NotFiniteError
             raise kind(f"{problem}, {self.rollbacks} times in this session; see {self.run_dir / paths.LOG}")
         logger.warning("%s; going back to the newest checkpoint", problem)
-        self.metrics.close()
+        self._closing.close()
         del self.model, self.masters, self.optimizers
         give_back_memory()
         seed_all(self.config.seed)
@@ -571,7 +577,9 @@ class Trainer:
         if newest is not None:
             self._resume(newest)
 
-        self.metrics = MetricsWriter(self.run_dir, self.step)
+        self.metrics = self._closing.enter_context(
+            MetricsWriter(self.run_dir, self.step, self.wandb_mode, self.config.wandb_project)
+        )
         evaluations = [record for record in read_records(self.run_dir / paths.METRICS) if "val_loss_nats" in record]
         self._val_loss_nats = {record["step"]: record["val_loss_nats"] for record in evaluations}
         # An evaluation is finished by its metrics; a sample without them is written again.
@@ -689,7 +697,6 @@ class Trainer:
         logger.info("going on from %s", directory)
 
     def _finish(self) -> None:
-        self.metrics.close()
         self._checkpoint_if_due()
         if self.step == self.config.max_steps and self.step in self._val_loss_nats:
             self.ledger.finish("done", stage="done")

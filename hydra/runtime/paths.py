@@ -21,6 +21,8 @@ SKIPPED = "skipped_steps.jsonl"
 LOG = "trainer.log"
 LOCK = "lock"
 EVENTS = "events"
+WANDB = "wandb"
+TRACKED = "tracked.json"  # in wandb/: the run's id there, and how far it was handed over
 CHECKPOINTS = "checkpoints"
 
 

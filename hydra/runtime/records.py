@@ -1,21 +1,33 @@
 """Append-only JSON lines (metrics, samples), one object a line, and the TensorBoard copy of the numbers."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hydra.runtime import paths
+from hydra.runtime.tracking import Tracker, TrackingMode
+
+logger = logging.getLogger(__name__)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Every complete line of `path`, in order; [] where there is none. A line still being written is left out."""
+    return read_records_from(path, 0)[0]
+
+
+def read_records_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Every complete line of `path` behind `offset` (bytes), and the offset behind the last of them."""
     try:
-        text = path.read_text()
+        with open(path, "rb") as file:
+            file.seek(offset)
+            content = file.read()
     except FileNotFoundError:
-        return []
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()]
+        return [], offset
+    complete = content[: content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()], offset + len(complete)
 
 
 def keep_records(path: Path, is_kept: Callable[[int], bool]) -> None:
@@ -31,28 +43,64 @@ def append_record(path: Path, record: Mapping[str, object]) -> None:
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` and, from the same record, TensorBoard scalars under the same names."""
+    """Writes `metrics.jsonl` and, from the same record, TensorBoard scalars under the same names.
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
+    W&B, when asked for, gets its copy from a process that reads `metrics.jsonl`. Neither copy is needed for the run: a
+    failure to write one is logged with what to do, and the run goes on.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, wandb_mode: TrackingMode, wandb_project: str) -> None:
         """Cut the records behind `first_step`, the step that a resumed run goes on from (0 for a new one)."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run_dir / paths.METRICS
         keep_records(self._path, lambda step: step <= first_step)
-        self._board = SummaryWriter(str(run_dir / paths.EVENTS), purge_step=first_step + 1)
+        self._board: Any = None
+        with self._dropped_if_it_fails():
+            self._board = SummaryWriter(str(run_dir / paths.EVENTS), purge_step=first_step + 1)
+        self._tracker = None if wandb_mode == "disabled" else Tracker(run_dir, wandb_mode, wandb_project)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def write(self, record: Mapping[str, float | int]) -> None:
         """Append the record; its `step` places it."""
         append_record(self._path, record)
-        for name, value in record.items():
-            if name != "step":
-                self._board.add_scalar(name, value, global_step=int(record["step"]))
+        if self._board is None:
+            return
+        with self._dropped_if_it_fails():
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, global_step=int(record["step"]))
 
     def sync(self) -> None:
         """Make what was written durable, so that no checkpoint outlives the records before it."""
         paths.sync_file(self._path)
-        self._board.flush()
+        if self._board is not None:
+            with self._dropped_if_it_fails():
+                self._board.flush()
 
     def close(self) -> None:
-        """Flush what TensorBoard still holds."""
-        self._board.close()
+        """Flush what TensorBoard and W&B do not have yet; the ledger must be finished. Takes seconds at most."""
+        if self._board is not None:
+            with self._dropped_if_it_fails():
+                self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+    @contextlib.contextmanager
+    def _dropped_if_it_fails(self) -> Iterator[None]:
+        """TensorBoard's files may be lost, to a full disk say: the numbers are in metrics.jsonl."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            logger.warning(
+                "TensorBoard's copy of the metrics ends here, since it cannot be written: %s. They are complete in %s; "
+                "with space on the disk, the next start of the run writes TensorBoard's copy from there on",
+                error,
+                self._path,
+            )

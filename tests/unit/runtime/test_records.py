@@ -34,11 +34,11 @@ def test_not_a_number_never_reaches_the_disk(tmp_path: Path) -> None:
 def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = MetricsWriter(tmp_path, first_step=0)
+    writer = MetricsWriter(tmp_path, 0, "disabled", "")
     writer.write({"step": 1, "loss_nats": 2.5})
     writer.write({"step": 2, "loss_nats": 2.25})
     writer.close()
-    resumed = MetricsWriter(tmp_path, first_step=1)
+    resumed = MetricsWriter(tmp_path, 1, "disabled", "")
     resumed.write({"step": 2, "loss_nats": 2.125})
     resumed.close()
     board = EventAccumulator(str(tmp_path / paths.EVENTS)).Reload()
