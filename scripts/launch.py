@@ -9,7 +9,8 @@ from hydra.attention.code import write_copies
 from hydra.errors import RunCutOffError, RunError
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.processes import ProcessIdentity, is_batch, start_process
-from scripts.config import JobConfig, refuse_changed_config
+from hydra.runtime.tracking import check_installed
+from scripts.config import JobConfig, TrainingConfig, refuse_changed_config
 
 START_TIMEOUT_S = 180.0  # importing torch from a cold network disk takes its time
 
@@ -59,10 +60,13 @@ def write_config_once(config: JobConfig, run_dir: Path) -> None:
 
     Raises:
         RunError: it is a run of another config, or at work while it is to change.
+        ConfigError: it would be a new run, of a config that asks for a package that is not installed.
     """
     refuse_changed_config(config, run_dir)
     path = run_dir / paths.CONFIG
     if not path.is_file():
+        if isinstance(config, TrainingConfig):
+            check_installed(config.wandb_mode)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_copies(config.attention_code, run_dir / paths.CODE)  # before the config: from then on it is a run
     elif not config.differences(type(config).from_json(path.read_text())):

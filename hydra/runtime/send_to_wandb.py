@@ -27,7 +27,7 @@ from hydra.runtime.ledger import read_status
 from hydra.runtime.logs import FORMAT
 from hydra.runtime.processes import ProcessIdentity
 from hydra.runtime.records import read_records_from
-from hydra.runtime.tracking import EXIT_SENT, EXIT_UNSENT, FLUSH_S, TrackingMode, command
+from hydra.runtime.tracking import EXIT_SENT, EXIT_UNSENT, FLUSH_S, TrackingMode, advice
 
 if TYPE_CHECKING:
     import wandb
@@ -193,16 +193,17 @@ def main(arguments: list[str]) -> int:
         os.nice(NICENESS)
         trainer = ProcessIdentity.of(int(arguments[3]))
         threading.Thread(target=_leave_after, args=(run_dir, trainer), daemon=True).start()
+    import wandb
+
     try:
         track(run_dir, mode, project, trainer)
-    except BaseException as error:
-        # Whatever it is, it must not be the last that is heard of the metrics.
+    except wandb.errors.Error as error:
         logger.error(
-            "W&B does not follow this run any longer: %r. To send what is missing: %s",
+            "W&B does not follow this run: %s. To send what is missing, later: %s",
             error,
-            " ".join(command(run_dir, mode, project)),
+            advice(run_dir, mode, project),
         )
-        raise
+        return EXIT_UNSENT
     return EXIT_SENT
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ FLUSH_S = 5.0
 # The process leaves by itself after FLUSH_S; it is killed when it does not.
 LEAVE_S = 2.0
 EXIT_SENT, EXIT_UNSENT = 0, 1
+SENDER = "hydra.runtime.send_to_wandb"
 
 
 def check_installed(mode: TrackingMode) -> None:
@@ -35,9 +37,11 @@ def check_installed(mode: TrackingMode) -> None:
         )
 
 
-def command(run_dir: Path, mode: TrackingMode, project: str) -> list[str]:
-    """What hands to W&B what it lacks of the run, at any time."""
-    return [sys.executable, "-m", "hydra.runtime.send_to_wandb", str(run_dir), mode, project]
+def advice(run_dir: Path, mode: TrackingMode, project: str) -> str:
+    """The command that hands to W&B what it lacks of the run, at any time."""
+    root = paths.workspace_root()
+    shown = run_dir.relative_to(root) if run_dir.is_relative_to(root) else run_dir
+    return shlex.join(["python", "-m", SENDER, str(shown), mode, project])
 
 
 class Tracker:
@@ -45,9 +49,9 @@ class Tracker:
 
     def __init__(self, run_dir: Path, mode: TrackingMode, project: str) -> None:
         """Start the process; the calling one must own the run's ledger."""
-        self._command = command(run_dir, mode, project)
+        self._advice = advice(run_dir, mode, project)
         self._process = start_process(
-            [*self._command, str(os.getpid())],
+            [sys.executable, "-m", SENDER, str(run_dir), mode, project, str(os.getpid())],
             working_dir=paths.workspace_root(),
             log=run_dir / paths.LOG,
             dies_with_caller=False,  # it notices, and has some seconds to hand over the last records
@@ -66,5 +70,5 @@ class Tracker:
                 "%s; to send what is missing: %s",
                 status,
                 paths.METRICS,
-                " ".join(self._command),
+                self._advice,
             )
