@@ -1,5 +1,6 @@
 """W&B gets each record once, whatever is killed; whether it answers changes neither a run's end nor its weights."""
 
+import contextlib
 import json
 import os
 import signal
@@ -70,17 +71,27 @@ def wait_until(holds: Callable[[], object], timeout_s: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def processes_of(run_dir: Path) -> list[str]:
-    """The trainer and W&B's processes of a run, by their command lines: W&B's own names the process that started it."""
-    commands = {}
+def commands() -> dict[int, list[str]]:
+    """The command line of every process."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                commands[entry.name] = (entry / "cmdline").read_bytes().decode().split("\0")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    senders = {pid for pid, command in commands.items() if str(run_dir) in command}
-    return [" ".join(command) for pid, command in commands.items() if pid in senders or senders & set(command)]
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().decode().split("\0")
+    return found
+
+
+def pids_of(run_dir: Path) -> list[int]:
+    """The trainer of a run, the process that follows it, and W&B's own, whose command line names the second."""
+    running = commands()
+    ours = {pid for pid, command in running.items() if str(run_dir) in command}
+    return [pid for pid, command in running.items() if pid in ours or {str(pid) for pid in ours} & set(command)]
+
+
+def is_none_left(pids: list[int]) -> bool:
+    """A process that has ended and is not waited for has no command line."""
+    running = commands()
+    return not any(running.get(pid, [""])[0] for pid in pids)
 
 
 def records_of_file(path: Path) -> Iterator[Record]:
@@ -149,22 +160,22 @@ def test_offline_files_hold_the_metrics_and_nothing_that_was_not_given(
 
 
 def test_killed_runs_hand_each_record_over_once_and_leave_no_process(
-    make_run: MakeRun, start_trainer: StartTrainer, untracked: Path, weights_hash: Callable[[Path], str]
+    make_run: MakeRun, start_trainer: StartTrainer
 ) -> None:
-    run_dir = make_run("killed", **FIELDS, wandb_mode="offline")
+    run_dir = make_run("killed", **{**FIELDS, "max_steps": 1200}, wandb_mode="offline")
     for _ in range(3):
         n_before = len(Run.open(run_dir).metrics())
         process = start_trainer(run_dir)
-        wait_until(lambda n=n_before: len(Run.open(run_dir).metrics()) > n + 8)
+        wait_until(lambda n=n_before: len(Run.open(run_dir).metrics()) > n + 8 and len(pids_of(run_dir)) == 3)
+        pids = pids_of(run_dir)
         process.kill()
         process.wait()
-        wait_until(lambda: not processes_of(run_dir), FLUSH_S + 5)
+        wait_until(lambda pids=pids: is_none_left(pids), FLUSH_S + 5)
     finish(start_trainer(run_dir))
-    wait_until(lambda: not processes_of(run_dir), 5)
+    assert not pids_of(run_dir)
     assert len(list(run_dir.glob("wandb/offline-run-*"))) == 4
     rows = as_trained(offline_history(run_dir), *MEASURED)
     assert rows == as_trained(Run.open(run_dir).metrics(), *MEASURED)
-    assert weights_hash(run_dir) == weights_hash(untracked)
 
 
 @pytest.mark.parametrize("answer", ["refused", "none"])
@@ -181,7 +192,9 @@ def test_an_unreachable_server_changes_neither_end_nor_weights(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
         run_dir = make_run("unreachable", **FIELDS, wandb_mode="online", wandb_project="p q")
         finish(start_trainer(run_dir))
-        wait_until(lambda: not processes_of(run_dir), 5)
+        assert not any(
+            "send_to_wandb" in " ".join(command) for command in commands().values() if str(run_dir) in command
+        )
     status = Run.open(run_dir).status()
     assert status.status == "done"
     assert weights_hash(run_dir) == weights_hash(untracked)
@@ -190,22 +203,48 @@ def test_an_unreachable_server_changes_neither_end_nor_weights(
     assert f"python -m hydra.runtime.send_to_wandb {run_dir} online 'p q'" in log
 
 
-def test_asked_to_stop_with_a_server_that_does_not_answer(
-    make_run: MakeRun, start_trainer: StartTrainer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ended_from_outside_with_a_server_that_does_not_answer(
+    number: signal.Signals, make_run: MakeRun, start_trainer: StartTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        run_dir = make_run("stopped", **{**FIELDS, "max_steps": 100_000}, wandb_mode="online")
+        run_dir = make_run("ended", **{**FIELDS, "max_steps": 100_000}, wandb_mode="online")
         process = start_trainer(run_dir)
-        wait_until(lambda: Run.open(run_dir).status().step > 10)
-        process.send_signal(signal.SIGTERM)
-        # The checkpoint comes first, and the ledger: W&B is what there is time for.
-        wait_until(lambda: Run.open(run_dir).status().status == "interrupted", FLUSH_S - 1)
-        step = Run.open(run_dir).status().step
-        assert (run_dir / "checkpoints" / f"step-{step:08}").is_dir()
+        wait_until(lambda: Run.open(run_dir).status().step > 10 and len(pids_of(run_dir)) == 3)
+        pids = pids_of(run_dir)
         began = time.monotonic()
-        finish(process, os.EX_TEMPFAIL)
-        assert time.monotonic() - began < FLUSH_S + LEAVE_S + 3
+        process.send_signal(number)
+        if number == signal.SIGTERM:
+            # The checkpoint comes first, and the ledger: W&B gets what time there is.
+            wait_until(lambda: Run.open(run_dir).status().status == "interrupted", FLUSH_S - 1)
+            step = Run.open(run_dir).status().step
+            assert (run_dir / "checkpoints" / f"step-{step:08}").is_dir()
+            finish(process, os.EX_TEMPFAIL)
+        else:
+            process.wait()
+        wait_until(lambda: is_none_left(pids))
+        assert time.monotonic() - began < FLUSH_S + LEAVE_S + 5
+
+
+def test_nothing_is_missing_when_all_is_killed_at_once(make_run: MakeRun, start_trainer: StartTrainer) -> None:
+    """What W&B's program had not written to its file is handed over again."""
+    run_dir = make_run("all-killed", **{**FIELDS, "max_steps": 900}, wandb_mode="offline")
+    tracked = run_dir / "wandb" / "tracked.json"
+    for kill in range(2):
+        process = start_trainer(run_dir)
+        n_files = kill + 1
+        wait_until(lambda n=n_files: len(list(run_dir.glob("wandb/offline-run-*"))) == n)
+        n_before = json.loads(tracked.read_text())["sent"][0]
+        wait_until(lambda n=n_before: json.loads(tracked.read_text())["sent"][0] > n)
+        for pid in pids_of(run_dir):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    finish(start_trainer(run_dir))
+    rows = as_trained(offline_history(run_dir), *MEASURED)
+    unique = [row for i, row in enumerate(rows) if row not in rows[:i]]
+    unique.sort(key=lambda row: (row["step"], "val_loss_nats" in row))
+    assert unique == as_trained(Run.open(run_dir).metrics(), *MEASURED)
 
 
 def test_a_server_that_falls_silent_gets_the_rest_later(
@@ -238,7 +277,6 @@ def test_online_sessions_go_on_in_the_same_run(
     wait_until(lambda: len(Run.open(run_dir).metrics()) > 20)
     process.kill()
     process.wait()
-    wait_until(lambda: not processes_of(run_dir), FLUSH_S + 5)
     finish(start_trainer(run_dir))
     rows = as_trained(server.history, *MEASURED)
     assert rows == as_trained(Run.open(run_dir).metrics(), *MEASURED)
