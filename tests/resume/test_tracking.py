@@ -158,6 +158,14 @@ def test_offline_files_hold_the_metrics_and_nothing_that_was_not_given(
     files = {entry.name for entry in (path.parent / "files").rglob("*") if entry.is_file()}
     assert files <= {"config.yaml", "wandb-summary.json"}
 
+    # Killed between the two records of the last step, the second is what is missing.
+    tracked = run_dir / "wandb" / "tracked.json"
+    tracked.write_text(json.dumps({**json.loads(tracked.read_text()), "sent": [300, 1]}))
+    path.unlink()
+    command = [sys.executable, "-m", "hydra.runtime.send_to_wandb", str(run_dir), "offline", "a project"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    assert as_trained(offline_history(run_dir)) == Run.open(run_dir).metrics()[-1:]
+
 
 def test_killed_runs_hand_each_record_over_once_and_leave_no_process(
     make_run: MakeRun, start_trainer: StartTrainer
