@@ -25,7 +25,7 @@ from hydra.errors import ComparisonError, ConfigError, HydraError, NotFiniteErro
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.environment import describe_session, record_session
 from hydra.runtime.ledger import Ledger
-from hydra.runtime.logs import FORMAT, logging_to
+from hydra.runtime.logs import log_to_standard_error, logging_to
 from hydra.runtime.records import append_record, keep_records
 from hydra.runtime.signals import StopRequest
 from scripts.arms import Arm, LeftOut, build_arms
@@ -231,7 +231,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m scripts.compare DIR (a folder with a config.json; there are no flags)\n")
         return EXIT_BAD_CONFIG
     run_dir = (workspace_root() / arguments[0]).resolve()
-    logging.basicConfig(level=logging.INFO, format=FORMAT)
+    log_to_standard_error()
     try:
         config = ComparisonConfig.from_json((run_dir / paths.CONFIG).read_text())
     except (OSError, ValueError, ConfigError) as error:

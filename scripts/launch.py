@@ -1,5 +1,6 @@
 """Starting the trainer as a process of its own, from a notebook or from Python."""
 
+import json
 import os
 import sys
 import time
@@ -9,6 +10,7 @@ from hydra.attention.code import write_copies
 from hydra.errors import RunCutOffError, RunError
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.processes import ProcessIdentity, is_batch, start_process
+from hydra.runtime.secrets import refuse_secrets
 from hydra.runtime.tracking import check_installed
 from scripts.config import JobConfig, TrainingConfig, refuse_changed_config
 
@@ -60,8 +62,9 @@ def write_config_once(config: JobConfig, run_dir: Path) -> None:
 
     Raises:
         RunError: it is a run of another config, or at work while it is to change.
-        ConfigError: it would be a new run, of a config that asks for a package that is not installed.
+        ConfigError: the config holds a secret, or asks a new run for a package that is not installed.
     """
+    refuse_secrets(json.loads(config.to_json()))
     refuse_changed_config(config, run_dir)
     path = run_dir / paths.CONFIG
     if not path.is_file():

@@ -6,11 +6,12 @@ import typing
 from hydra.data import check_corpus
 from hydra.errors import ConfigError, RunError
 from hydra.notebook.engine import NotebookEngine, silence_unknown_parameters
-from hydra.notebook.parameters import with_trap_hints
+from hydra.notebook.parameters import RUN_DIR, with_trap_hints
 from hydra.notebook.plan import COMPARISON, TRAINING, Plan, Request
 from hydra.runtime import workspace_root
 from hydra.runtime.choices import check_device
 from hydra.runtime.paths import next_free
+from hydra.runtime.secrets import refuse_secrets
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig, refuse_changed_config
 
@@ -30,6 +31,7 @@ class HydraEngine(NotebookEngine):
             RunError: the run directory holds another config.
         """
         config = _read_config(request)
+        refuse_secrets(json.loads(config.to_json()))
         training = config.training_config(config.baseline) if isinstance(config, ComparisonConfig) else config
         check_corpus(training.data_spec(), workspace_root())
         check_device(training.device)
@@ -59,12 +61,18 @@ def _read_config(request: Request) -> TrainingConfig | ComparisonConfig:
             f"a notebook's metadata hydra.job must be one of {', '.join(kinds)}, but got {request.job!r}; correct it"
         )
     kind = kinds[request.job]
+    types = {"preset": str, RUN_DIR: str, **typing.get_type_hints(TrainingConfig, include_extras=True)}
+    if kind is ComparisonConfig:
+        types |= typing.get_type_hints(ComparisonConfig, include_extras=True)
+    stored = [name for name in request.secrets if name in types]
+    if stored:
+        raise ConfigError(
+            f"a parameter marked as secret must be the notebook's own, but {', '.join(stored)} stands in the run's "
+            "config and report; take the mark away, or give the parameter another name"
+        )
     try:
         return kind.from_parameters(request.parameters)
     except ConfigError as error:
-        types = {"preset": str, **typing.get_type_hints(TrainingConfig, include_extras=True)}
-        if kind is ComparisonConfig:
-            types |= typing.get_type_hints(ComparisonConfig, include_extras=True)
         raise with_trap_hints(error, request.parameters, types) from None
 
 

@@ -52,7 +52,7 @@ from hydra.runtime.disk import is_disk_full, require_room
 from hydra.runtime.environment import record_changes
 from hydra.runtime.guard import SpikeGuard
 from hydra.runtime.ledger import Ledger, Status
-from hydra.runtime.logs import FORMAT, logging_to
+from hydra.runtime.logs import log_to_standard_error, logging_to
 from hydra.runtime.memory import MemoryPlan, read_memory
 from hydra.runtime.memory.exhaustion import give_back_memory, is_out_of_memory
 from hydra.runtime.memory.host import read_peak_bytes, reset_peak
@@ -749,7 +749,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m scripts.trainer RUN_DIR (a folder with a config.json; there are no flags)\n")
         return EXIT_BAD_CONFIG
     run_dir = (workspace_root() / arguments[0]).resolve()
-    logging.basicConfig(level=logging.INFO, format=FORMAT)
+    log_to_standard_error()
     try:
         config = TrainingConfig.from_json((run_dir / paths.CONFIG).read_text())
     except (OSError, UnicodeDecodeError) as error:

@@ -24,12 +24,13 @@ from papermill.log import logger
 from hydra.errors import ConfigError, HydraError, RunCutOffError
 from hydra.notebook.interruption import Interruption
 from hydra.notebook.kernel import BatchClient, TruthfulManager
-from hydra.notebook.parameters import RUN_DIR, assigned_parameters, check_names, resolve_run_dir
+from hydra.notebook.parameters import RUN_DIR, assigned_parameters, check_names, resolve_run_dir, secret_parameters
 from hydra.notebook.plan import TRAINING, Plan, Request
 from hydra.notebook.progress import Progress
-from hydra.notebook.storage import make_local_saves_atomic, save_copy
+from hydra.notebook.storage import make_saves_safe, mask_notebook, save_copy
 from hydra.runtime import Run, RunStatus
 from hydra.runtime.processes import ENGINE_PID, ENGINE_RUN_DIR
+from hydra.runtime.secrets import mark, mask
 
 START_TIMEOUT_S = 180
 IOPUB_TIMEOUT_S = 120
@@ -44,7 +45,7 @@ class BatchError(HydraError, click.ClickException):
 
     def __init__(self, message: str, exit_code: int) -> None:
         """`exit_code` is what the command exits with."""
-        super().__init__(message)
+        super().__init__(mask(message))
         self.exit_code = exit_code  # type: ignore[misc]
 
 
@@ -85,7 +86,8 @@ class NotebookEngine(Engine):
             raise BatchError(str(error), REJECTED) from error
         except NoSuchKernel as error:
             raise BatchError(f"kernel must be an installed one, but there is no {error.name!r}", REJECTED) from error
-        make_local_saves_atomic()
+        make_saves_safe()
+        logger.addFilter(_mask_record)
         manager = TruthfulManager(
             nb,
             output_path=output_path,
@@ -203,6 +205,7 @@ class _Batch:
         self._note_cell_error()
         # Also when all is well: a notebook that did not wait for its run must not leave it to the kernel's end.
         self._stop_own_run()
+        mask_notebook(self._nb)
         self._manager.notebook_complete(failed=self._failure is not None)
         plan, output_path = self._plan, self._nb.metadata.papermill["output_path"]
         try:
@@ -283,6 +286,11 @@ def silence_unknown_parameters(engine_name: str) -> None:
     logger.addFilter(is_welcome)
 
 
+def _mask_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = mask(record.getMessage()), ()
+    return True
+
+
 def _shown(path: Path) -> str:
     return os.path.relpath(path)
 
@@ -291,6 +299,8 @@ def _read_request(nb: NotebookNode) -> Request:
     record = nb.metadata.papermill
     check_names(list(record.get("parameters", {})))
     parameters = assigned_parameters(nb)
+    secret_names, secrets = secret_parameters(nb)
+    mark(secrets)
     notebook = record.get("input_path")
     name = PurePath(notebook).stem if isinstance(notebook, str) and notebook != "-" else None
     given = parameters.pop(RUN_DIR, None)
@@ -300,7 +310,12 @@ def _read_request(nb: NotebookNode) -> Request:
     if isinstance(output, str) and output != "-":
         _check_output(Path(output).resolve(), notebook, run_dir, is_given=given is not None)
     return Request(
-        notebook=str(notebook), notebook_name=name or run_dir.name, parameters=parameters, run_dir=run_dir, job=job
+        notebook=str(notebook),
+        notebook_name=name or run_dir.name,
+        parameters={name: value for name, value in parameters.items() if name not in secret_names},
+        secrets=tuple(sorted(secret_names)),
+        run_dir=run_dir,
+        job=job,
     )
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from nbformat import NotebookNode
+from nbformat import NotebookNode, from_dict
 from nbformat.v4 import new_output
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 from traitlets import Integer
+
+from hydra.runtime.secrets import mask, mask_texts
 
 MAX_OUTPUT_BYTES = 1_000_000
 MAX_SHOWN_ERRORS = 4_000  # characters
@@ -168,8 +170,12 @@ class BatchClient(PapermillNotebookClient):
         super().clear_output(outs, msg, cell_index)
         self._output_bytes[cell_index] = 0
 
+    def log_output_message(self, output: NotebookNode) -> None:
+        """Log the output, and write it to the files of --stdout-file and --stderr-file, with secrets masked."""
+        super().log_output_message(from_dict(mask_texts(output)))
+
     def _show_kernel_errors(self) -> None:
-        sys.stderr.write(self._kernel_errors.read_text(errors="replace")[-MAX_SHOWN_ERRORS:])
+        sys.stderr.write(mask(self._kernel_errors.read_text(errors="replace"))[-MAX_SHOWN_ERRORS:])
 
     def _cancel_tasks(self) -> None:
         """End what still waits for the broken cell, so that it does not write into the notebook during clean-up."""

@@ -5,10 +5,12 @@ begins with the line `# Parameters` and nothing more. That is how a kernel, whic
 """
 
 import ast
+import io
 import keyword
 import math
 import os
 import re
+import tokenize
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 from hydra.errors import ConfigError
 from hydra.runtime import workspace_root
 from hydra.runtime.processes import ENGINE_RUN_DIR, is_batch
+from hydra.runtime.secrets import mark, texts_in
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 DECLARED, INJECTED = "parameters", "injected-parameters"
 COMMENT = "# Parameters"
 RUN_DIR = "run_dir"
+SECRET = "# secret"
+"""The comment behind an assignment in the parameters cell: the name is the notebook's own, its value is masked."""
 
 
 def assigned_parameters(nb: "NotebookNode") -> dict[str, object]:
@@ -50,17 +55,30 @@ def assigned_parameters(nb: "NotebookNode") -> dict[str, object]:
     return values
 
 
+def secret_parameters(nb: "NotebookNode") -> tuple[set[str], set[str]]:
+    """The names that the `parameters` cell marks as secret, and every text among the values that they are given.
+
+    The cell must have passed `assigned_parameters`.
+    """
+    cells = [cell for cell in nb.cells if {DECLARED, INJECTED} & set(cell.metadata.get("tags", []))]
+    names = {name for cell in cells if DECLARED in cell.metadata.tags for name in _marked_names(cell.source)}
+    values = [value for cell in cells for name, value in _assignments(cell.source).items() if name in names]
+    return names, texts_in(values)
+
+
 def read_parameters() -> dict[str, object]:
-    """The parameters of the notebook that calls this, in JupyterLab and under papermill alike, `run_dir` left out.
+    """The parameters of the notebook that calls this, in JupyterLab and under papermill alike.
+
+    Without `run_dir`, and without those that the notebook marks as secret: no config has them.
 
     Names are those that the last executed parameters cell and injected cell assign; values are what they hold now.
 
     Raises:
         ConfigError: no parameters cell has been executed, or it holds anything but assignments of plain values.
     """
-    values = _executed_parameters()
-    values.pop(RUN_DIR, None)
-    return values
+    values, secret = _executed_parameters()
+    mark(texts_in([values[name] for name in secret]))
+    return {name: value for name, value in values.items() if name != RUN_DIR and name not in secret}
 
 
 def run_directory() -> Path:
@@ -74,7 +92,7 @@ def run_directory() -> Path:
     if is_batch():
         return Path(os.environ[ENGINE_RUN_DIR])
     session = PurePath(os.environ.get("JPY_SESSION_NAME", ""))
-    return resolve_run_dir(_executed_parameters().get(RUN_DIR), session.stem if session.suffix == ".ipynb" else None)
+    return resolve_run_dir(_executed_parameters()[0].get(RUN_DIR), session.stem if session.suffix == ".ipynb" else None)
 
 
 def resolve_run_dir(given: object, notebook_name: str | None) -> Path:
@@ -203,7 +221,8 @@ def _kind_of_cell(source: str) -> str | None:
     return DECLARED if first.startswith(f"{COMMENT}:") else None
 
 
-def _executed_parameters() -> dict[str, object]:
+def _executed_parameters() -> tuple[dict[str, object], set[str]]:
+    """Values by name, and the names that are marked as secret."""
     from IPython.core.getipython import get_ipython
 
     shell = get_ipython()
@@ -222,7 +241,16 @@ def _executed_parameters() -> dict[str, object]:
             f"the parameters cell must have been executed, but no executed cell begins with `{COMMENT}:`; that line is "
             "how the cell is found: keep it, and run the cell first"
         )
-    return {name: shell.user_ns[name] for source in (declared, injected) for name in _assignments(source)}
+    values = {name: shell.user_ns[name] for source in (declared, injected) for name in _assignments(source)}
+    return values, _marked_names(declared)
+
+
+def _marked_names(source: str) -> set[str]:
+    """The names whose assignment ends in the comment SECRET."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {token.start[0] for token in tokens if token.type == tokenize.COMMENT and token.string.strip() == SECRET}
+    statements = [statement for statement in ast.parse(source).body if statement.end_lineno in lines]
+    return {name for statement in statements for name in _assignment(statement)[0]}
 
 
 def _assignments(source: str) -> dict[str, object]:

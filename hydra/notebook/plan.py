@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hydra.notebook.parameters import RUN_DIR, resolve_run_dir
 from hydra.runtime import workspace_root
+from hydra.runtime.secrets import MASK
 
 TRAINING, COMPARISON = "training", "comparison"
 
@@ -19,6 +20,8 @@ class Request:
     notebook_name: str
     parameters: Mapping[str, object]
     run_dir: Path
+    secrets: tuple[str, ...] = ()
+    """Names of parameters of the notebook's own, not of a config, whose values it marks as secret."""
     job: str = TRAINING
     """What the notebook's metadata say that it does (`hydra.job`): TRAINING or COMPARISON."""
 
@@ -28,6 +31,8 @@ class Request:
         words = ["papermill", self.notebook, output, "--engine", engine_name, *arguments]
         if run_dir != resolve_run_dir(None, self.notebook_name):
             words += ["-r", RUN_DIR, _relative(run_dir, workspace_root())]
+        for name in self.secrets:
+            words += ["-r", name, MASK]
         return shlex.join(words)
 
 

@@ -22,7 +22,9 @@ from hydra.notebook.markup import Section, escape, format_number, tiles
 from hydra.notebook.plan import COMPARISON, TRAINING, Plan
 from hydra.notebook.progress import format_duration
 from hydra.runtime import Run, RunStatus
+from hydra.notebook.storage import mask_notebook
 from hydra.runtime.paths import write_atomically
+from hydra.runtime.secrets import mask
 from hydra.runtime.sums import update_sums
 
 REPORT = "report.html"
@@ -58,6 +60,7 @@ def render_report(nb: NotebookNode, plan: Plan, failure: str | None) -> Path:
     """
     run = Run(plan.run_dir)
     shown = copy.deepcopy(nb)
+    mask_notebook(shown)
     shown.metadata.pop("widgets", None)
     title = _take_title(shown) or run.name
     if failure is not None:

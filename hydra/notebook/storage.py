@@ -1,12 +1,13 @@
-"""Notebooks that are saved whole or not at all. papermill truncates the only copy first and then writes it."""
+"""Notebooks that are saved whole or not at all, with secrets masked. papermill truncates the only copy first."""
 
 import os
 from pathlib import Path
 
 import nbformat
-from papermill.iorw import LocalHandler, papermill_io
+from papermill.iorw import LocalHandler, StreamHandler, papermill_io
 
 from hydra.runtime.paths import write_atomically
+from hydra.runtime.secrets import mask_texts
 from hydra.runtime.sums import update_sums
 
 
@@ -17,20 +18,38 @@ class AtomicLocalHandler(LocalHandler):
         """Save the text `buf` as `path`, which is relative to the folder that papermill was called in."""
         target = (Path(self._cwd or "") / path).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, buf)
+        write_atomically(target, _mask_notebook(buf))
         update_sums(target)  # papermill saves once more after the run is done
 
 
-def make_local_saves_atomic() -> None:
-    """Let papermill save local files atomically, from now on in this process.
+class MaskedStreamHandler(StreamHandler):
+    """papermill's handler of standard output, as which a notebook may be saved too."""
+
+    def write(self, buf: str, path: str) -> None:
+        """Print the text `buf`."""
+        super().write(_mask_notebook(buf), path)
+
+
+OWN_HANDLERS = {LocalHandler: AtomicLocalHandler, StreamHandler: MaskedStreamHandler}
+
+
+def make_saves_safe() -> None:
+    """Let papermill save local files atomically, and no secret in them, from now on in this process.
 
     It stays so when the engine is done, since papermill saves once more after that. The handler's class is changed
     and not the handler: papermill holds on to the object for its working directory, and when two are registered as
     "local" the oldest wins.
     """
-    for scheme, handler in papermill_io._handlers:
-        if scheme == "local" and type(handler) is LocalHandler:
-            handler.__class__ = AtomicLocalHandler
+    for _, handler in papermill_io._handlers:
+        if type(handler) in OWN_HANDLERS:
+            handler.__class__ = OWN_HANDLERS[type(handler)]
+
+
+def mask_notebook(nb: nbformat.NotebookNode) -> None:
+    """Mask the secrets in a notebook that has been executed, in place: papermill goes on with this very object."""
+    masked = nbformat.from_dict(mask_texts(nb))
+    nb.clear()
+    nb.update(masked)
 
 
 def save_copy(nb: nbformat.NotebookNode, path: Path, original: str | None) -> None:
@@ -38,5 +57,10 @@ def save_copy(nb: nbformat.NotebookNode, path: Path, original: str | None) -> No
     if original is not None and os.path.realpath(original) == os.path.realpath(path):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, nbformat.writes(nb))
+    write_atomically(path, _mask_notebook(nbformat.writes(nb)))
     update_sums(path)
+
+
+def _mask_notebook(text: str) -> str:
+    written: str = nbformat.v4.writes(nbformat.from_dict(mask_texts(nbformat.v4.reads(text))))
+    return written

@@ -1,4 +1,4 @@
-"""A run's log file."""
+"""A run's log, on standard error and in its file, with secrets masked."""
 
 import logging
 import os
@@ -7,7 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hydra.runtime.secrets import MaskedStream, mask
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class MaskedFormatter(logging.Formatter):
+    """Formats a record, its traceback included, and masks the secrets in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, or lines, of the record."""
+        return mask(super().format(record))
+
+
+def log_to_standard_error() -> None:
+    """In a process of our own: log to standard error, and mask what anybody in it prints, as that may be a run's log."""
+    sys.stdout, sys.stderr = MaskedStream(sys.stdout), MaskedStream(sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=FORMAT)
 
 
 @contextmanager
@@ -18,7 +34,7 @@ def logging_to(log: Path) -> Iterator[None]:
         handler.close()
         yield
         return
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(MaskedFormatter(FORMAT))
     logging.getLogger().addHandler(handler)
     try:
         yield

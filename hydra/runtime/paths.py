@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.runtime.secrets import mask_texts
+
 CONFIG = "config.json"
 CODE = "code"
 STATE = "state.json"
@@ -87,8 +89,8 @@ def remove_abandoned_temporaries(directory: Path) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write one JSON object atomically; NaN and infinity are refused, since JSON has no such numbers."""
-    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write one JSON object atomically, secrets masked; NaN and infinity are refused, which JSON does not have."""
+    write_atomically(path, json.dumps(mask_texts(value), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from hydra.runtime import paths
+from hydra.runtime.secrets import mask, mask_texts
 from hydra.runtime.tracking import Tracker, TrackingMode
 
 logger = logging.getLogger(__name__)
@@ -37,9 +38,9 @@ def keep_records(path: Path, is_kept: Callable[[int], bool]) -> None:
 
 
 def append_record(path: Path, record: Mapping[str, object]) -> None:
-    """Append one record; NaN and infinity are refused, since a reader could not parse them."""
+    """Append one record, secrets masked; NaN and infinity are refused, since a reader could not parse them."""
     with open(path, "a") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.write(json.dumps(mask_texts(record), allow_nan=False) + "\n")
 
 
 class MetricsWriter:
@@ -74,7 +75,7 @@ class MetricsWriter:
         with self._dropped_if_it_fails():
             for name, value in record.items():
                 if name != "step":
-                    self._board.add_scalar(name, value, global_step=int(record["step"]))
+                    self._board.add_scalar(mask(name), value, global_step=int(record["step"]))
 
     def sync(self) -> None:
         """Make what was written durable, so that no checkpoint outlives the records before it."""

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from papermill.iorw import LocalHandler, PapermillIO, local_file_io_cwd, papermill_io, write_ipynb
 
-from hydra.notebook.storage import make_local_saves_atomic, save_copy
+from hydra.notebook.storage import make_saves_safe, save_copy
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def atomic_io(monkeypatch: pytest.MonkeyPatch) -> PapermillIO:
         (scheme, LocalHandler() if scheme == "local" else handler) for scheme, handler in papermill_io._handlers
     ]
     monkeypatch.setattr(papermill_io, "_handlers", handlers)
-    make_local_saves_atomic()
+    make_saves_safe()
     return papermill_io
 
 
