@@ -4,15 +4,16 @@ Its first screen and its end come from the run directory and the plan, so that t
 between them stands the executed notebook. What a run directory holds and no cell has shown is added behind it.
 """
 
-import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import bleach
+from bleach.css_sanitizer import CSSSanitizer
 from bs4 import BeautifulSoup, Tag
 from nbconvert import HTMLExporter
-from nbformat import NotebookNode
+from nbformat import NotebookNode, from_dict
 from nbformat.v4 import new_output
 from traitlets.config import Config
 
@@ -22,9 +23,8 @@ from hydra.notebook.markup import Section, escape, format_number, tiles
 from hydra.notebook.plan import COMPARISON, TRAINING, Plan
 from hydra.notebook.progress import format_duration
 from hydra.runtime import Run, RunStatus
-from hydra.notebook.storage import mask_notebook
 from hydra.runtime.paths import write_atomically
-from hydra.runtime.secrets import mask
+from hydra.runtime.secrets import mask, mask_texts
 from hydra.runtime.sums import update_sums
 
 REPORT = "report.html"
@@ -33,21 +33,24 @@ MAX_BYTES = 2_000_000
 MAX_OUTPUTS_BYTES = 1_400_000
 MAX_TEXT_CHARACTERS = 20_000
 LOG_LINES = 25
-FORBIDDEN_TAGS = (
-    "script",
-    "iframe",
-    "object",
-    "embed",
-    "link",
-    "base",
-    "form",
-    "audio",
-    "video",
-    "source",
-    "applet",
-    "meta",
+# What may stand in what a notebook displays; the rest goes. Elements of the first kind go with all that is in them.
+DROPPED_TAGS = (
+    "applet audio base canvas datalist dialog embed form frame frameset iframe link math meta noembed noframes noscript "
+    "object plaintext portal script select slot style svg template textarea title video xmp"
+).split()
+ALLOWED_TAGS = frozenset(
+    "a abbr b blockquote br caption cite code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 "
+    "header hr i img ins kbd li main mark nav ol p pre q s samp section small span strong sub summary sup table tbody td "
+    "tfoot th thead tr u ul var".split()
 )
-FETCHING_ATTRIBUTES = ("src", "srcset", "poster", "background", "data", "action", "formaction", "xlink:href")
+ALLOWED_ATTRIBUTES = frozenset(
+    "align alt aria-label class colspan data-hydra dir height id lang open role rowspan scope start title width".split()
+)
+ALLOWED_STYLES = (
+    "background-color border border-collapse color font-family font-size font-style font-weight height margin "
+    "margin-bottom margin-left margin-right margin-top max-width min-width padding text-align text-decoration "
+    "vertical-align white-space width"
+).split()
 PRIORITY = ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain")
 
 
@@ -59,8 +62,7 @@ def render_report(nb: NotebookNode, plan: Plan, failure: str | None) -> Path:
         failure: why the notebook did not end well, None when it did.
     """
     run = Run(plan.run_dir)
-    shown = copy.deepcopy(nb)
-    mask_notebook(shown)
+    shown = from_dict(mask_texts(nb))
     shown.metadata.pop("widgets", None)
     title = _take_title(shown) or run.name
     if failure is not None:
@@ -203,7 +205,9 @@ def _exporter() -> HTMLExporter:
     config = Config()
     config.TemplateExporter.extra_template_basedirs = [str(TEMPLATES)]
     config.NbConvertBase.display_data_priority = list(PRIORITY)
-    return HTMLExporter(config=config, template_name="report", embed_images=True)
+    exporter = HTMLExporter(config=config, template_name="report", embed_images=True)
+    exporter.register_filter("clean_html", clean_html)
+    return exporter
 
 
 def _take_title(nb: NotebookNode) -> str | None:
@@ -242,33 +246,58 @@ def _size(out: NotebookNode) -> int:
 
 
 def _seal(page: str) -> str:
-    """Take out all that runs or fetches, whoever wrote it; give the page its contents list and every picture a text."""
+    """Give the page its contents list and every picture a text; mask the secrets that are left; clean it once more.
+
+    What a notebook displays was cleaned by itself, so that no open tag swallows what stands behind it. The whole page
+    comes last, in case that something else slips through the template.
+    """
     soup = BeautifulSoup(page, "html.parser")
     body = soup.body
     assert body is not None
-    for tag in body.find_all(FORBIDDEN_TAGS):
-        tag.decompose()
-    for tag in body.find_all(True):
-        for name in list(tag.attrs):
-            value = str(tag.attrs[name]).strip().lower()
-            refers = name in FETCHING_ATTRIBUTES or (name == "href" and tag.name != "a")
-            fetches = refers and not value.startswith(("data:image/", "#"))
-            runs = name.startswith("on") or (
-                name == "href" and re.match(r"[\s\x00-\x1f]*(javascript|data|vbscript):", value)
-            )
-            styles = name == "style" and ("url(" in value or "@import" in value)
-            if fetches or runs or styles:
-                del tag.attrs[name]
-    for style in body.find_all("style"):
-        if re.search(r"url\s*\(|@import", style.get_text()):
-            style.decompose()
     for image in body.find_all("img"):
         if not image.get("src"):
             image.replace_with(f"[picture left out: {image.get('alt') or 'it is not part of this file'}]")
         elif not str(image.get("alt") or "").strip() or "No description has been provided" in str(image["alt"]):
             image["alt"] = "A figure of the notebook; its author gave no description."
     _fill_contents(soup)
-    return str(soup)
+    for text in soup.find_all(string=True):
+        if mask(text) != text:
+            text.replace_with(mask(text))
+    for tag in body.find_all(True):
+        tag.attrs |= {name: mask(str(tag[name])) for name in ("alt", "href", "title") if name in tag.attrs}
+    inside = body.decode_contents()
+    body.clear()
+    before, after = str(soup).split("<body></body>")
+    return f"{before}<body>\n{clean_html(inside)}</body>{after}"
+
+
+def clean_html(markup: str) -> str:
+    """HTML that a notebook displays without all that runs, fetches, or reaches beyond its own place, every tag closed."""
+    soup = BeautifulSoup(markup, "html.parser")
+    for tag in soup.find_all(DROPPED_TAGS):
+        tag.decompose()
+    cleaned: str = bleach.clean(
+        str(soup),
+        tags=ALLOWED_TAGS,
+        attributes=_is_allowed,
+        protocols={"data", "http", "https", "mailto"},
+        strip=True,
+        css_sanitizer=CSSSanitizer(allowed_css_properties=ALLOWED_STYLES, allowed_svg_properties=[]),
+    )
+    return cleaned
+
+
+def _is_allowed(tag: str, name: str, value: str) -> bool:
+    """Whether an element may have the attribute."""
+    match name:
+        case "src":
+            return tag == "img" and value.strip().startswith("data:image/")
+        case "href":
+            return tag == "a" and not value.strip().lower().startswith("data:")
+        case "style":
+            # An address, in plain or written so that only a browser sees it.
+            return not re.search(r"url|\\|@|expression", value, re.IGNORECASE)
+    return name in ALLOWED_ATTRIBUTES
 
 
 def _fill_contents(soup: BeautifulSoup) -> None:

@@ -158,7 +158,7 @@ def test_what_a_notebook_displays_cannot_run_or_fetch(
         notebook(new_code_cell("x", outputs=outputs), new_markdown_cell("<script>alert(5)</script>![y](http://e.org)")),
         plan,
     )
-    assert soup.find(id="kept")["style"] == "color:red"
+    assert soup.find(id="kept")["style"] == "color:red;"
     assert soup.find("a", string="a link")["href"] == "https://example.org/"
     assert 'a "described" figure' in [image["alt"] for image in soup.find_all("img")]
     assert soup.find("b", string="static") is not None
