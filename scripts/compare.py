@@ -230,8 +230,12 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.stderr.write("usage: python -m scripts.compare DIR (a folder with a config.json; there are no flags)\n")
         return EXIT_BAD_CONFIG
-    run_dir = (workspace_root() / arguments[0]).resolve()
     log_to_standard_error()
+    try:
+        run_dir = paths.resolve_run_dir(arguments[0], "DIR")
+    except ConfigError as error:
+        logger.error("%s", error)
+        return EXIT_BAD_CONFIG
     try:
         config = ComparisonConfig.from_json((run_dir / paths.CONFIG).read_text())
     except (OSError, ValueError, ConfigError) as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import pydantic
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -34,6 +35,18 @@ def as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def stays_inside(path: str) -> str:
+    """A relative path that leads out of the workspace, or a text that is no plain path, is refused."""
+    try:
+        paths.check_path(path, "it")
+    except ConfigError as error:
+        raise PydanticCustomError("path", "{problem}", {"problem": str(error).removeprefix("it ")}) from None
+    if os.path.normpath(path).split("/")[0] == "..":
+        raise PydanticCustomError("path", "must stay in the workspace; name a place elsewhere by its absolute path")
+    return path
+
+
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(stays_inside)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -56,17 +69,15 @@ class TrainingConfig:
     """The preset these values started from; given as the parameter `preset`."""
 
     # Data
-    corpus: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), BeforeValidator(as_tuple)
-    ] = ("default",)
+    corpus: Annotated[tuple[LocalPath, ...], Field(min_length=1), BeforeValidator(as_tuple)] = ("default",)
     """Text to train on: `default` (Python source of pinned packages), or paths of files and folders of UTF-8 text."""
-    tokenizer: Annotated[str, Field(min_length=1)] = "bpe"
+    tokenizer: LocalPath = "bpe"
     """`bpe` (byte-level, trained on the corpus), `bytes`, `characters`, or the path of an existing tokenizer.json."""
     vocab_size: Annotated[int, Field(ge=257, le=2**31)] = 4096
     """Entries of a `bpe` vocabulary, special token included; the other tokenizers bring their own size."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
     """Share of the documents, chosen by the hash of their text, that is kept for validation."""
-    data_dir: Annotated[str, Field(min_length=1)] = "data"
+    data_dir: LocalPath = "data"
     """Folder of the tokenized shards, shared by runs; relative to the workspace root."""
 
     # Model

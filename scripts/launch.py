@@ -27,7 +27,7 @@ def launch(config: JobConfig, run_dir: str | Path) -> Run:
         RunError: the directory holds another config, or the trainer did not start (with the end of its log).
         RunCutOffError: the trainer was ended from outside before it owned the run.
     """
-    directory = (workspace_root() / run_dir).resolve()
+    directory = paths.resolve_run_dir(run_dir)
     write_config_once(config, directory)
     run = Run.open(directory)
     status = run.status()
@@ -61,9 +61,10 @@ def write_config_once(config: JobConfig, run_dir: Path) -> None:
     """Make `run_dir` a run of `config`, unless it is one already; what the config allows to change is changed.
 
     Raises:
-        RunError: it is a run of another config, or at work while it is to change.
+        RunError: it is a run of another config, or at work while it is to change, or a link leads out of it.
         ConfigError: the config holds a secret, or asks a new run for a package that is not installed.
     """
+    paths.refuse_links_out(run_dir)
     refuse_secrets(json.loads(config.to_json()))
     refuse_changed_config(config, run_dir)
     path = run_dir / paths.CONFIG

@@ -5,6 +5,7 @@ import typing
 
 from hydra.data import check_corpus
 from hydra.errors import ConfigError, RunError
+from hydra.notebook.doors import guard_paths
 from hydra.notebook.engine import NotebookEngine, silence_unknown_parameters
 from hydra.notebook.parameters import RUN_DIR, with_trap_hints
 from hydra.notebook.plan import COMPARISON, TRAINING, Plan, Request
@@ -76,5 +77,6 @@ def _read_config(request: Request) -> TrainingConfig | ComparisonConfig:
         raise with_trap_hints(error, request.parameters, types) from None
 
 
-# papermill logs before it calls an engine: a filter that is to be there must come with the entry point.
+# papermill logs, and reads the notebook, before it calls an engine: what is to be there must come with the entry point.
 silence_unknown_parameters(HydraEngine.engine_name)
+guard_paths(HydraEngine.engine_name)

@@ -197,7 +197,7 @@ def forecast(config: TrainingConfig, run_dir: str | Path | None = None) -> Forec
     Raises:
         MemoryLimitError: it would not fit this machine.
     """
-    run_dir = None if run_dir is None else workspace_root() / run_dir
+    run_dir = None if run_dir is None else paths.resolve_run_dir(run_dir)
     stored = paths.read_json(run_dir / paths.MEMORY_PLAN) if run_dir else {}
     vocab_size = _vocab_size(config, run_dir)
     resolved = paths.read_json(run_dir / paths.ENVIRONMENT).get("resolved") if run_dir else None

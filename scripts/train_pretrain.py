@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from hydra.errors import HydraError
-from hydra.runtime import workspace_root
+from hydra.runtime import paths
 from scripts import trainer
 from scripts.config import TrainingConfig
 from scripts.launch import write_config_once
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write("usage: python -m scripts.train_pretrain RUN_DIR (there are no flags)\n")
         return trainer.EXIT_BAD_CONFIG
     try:
-        write_config_once(TrainingConfig(), (workspace_root() / arguments[0]).resolve())
+        write_config_once(TrainingConfig(), paths.resolve_run_dir(arguments[0], "RUN_DIR"))
     except HydraError as error:
         sys.stderr.write(f"{error}\n")
         return trainer.EXIT_BAD_CONFIG

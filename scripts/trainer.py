@@ -138,7 +138,7 @@ class Trainer:
     ) -> None:
         """`stop` asks for an early end with a checkpoint; left out, only the last step ends the run."""
         self.config = config
-        self.run_dir = (workspace_root() / run_dir).resolve()
+        self.run_dir = paths.resolve_run_dir(run_dir)
         self.stop = stop or StopRequest()
         self.ranks = ranks
         self.wandb_mode = config.wandb_mode
@@ -748,8 +748,12 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.stderr.write("usage: python -m scripts.trainer RUN_DIR (a folder with a config.json; there are no flags)\n")
         return EXIT_BAD_CONFIG
-    run_dir = (workspace_root() / arguments[0]).resolve()
     log_to_standard_error()
+    try:
+        run_dir = paths.resolve_run_dir(arguments[0], "RUN_DIR")
+    except ConfigError as error:
+        logger.error("%s", error)
+        return EXIT_BAD_CONFIG
     try:
         config = TrainingConfig.from_json((run_dir / paths.CONFIG).read_text())
     except (OSError, UnicodeDecodeError) as error:

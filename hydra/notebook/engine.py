@@ -22,6 +22,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger
 
 from hydra.errors import ConfigError, HydraError, RunCutOffError
+from hydra.notebook.doors import STANDARD_OUTPUT
 from hydra.notebook.interruption import Interruption
 from hydra.notebook.kernel import BatchClient, TruthfulManager
 from hydra.notebook.parameters import RUN_DIR, assigned_parameters, check_names, resolve_run_dir, secret_parameters
@@ -29,6 +30,7 @@ from hydra.notebook.plan import TRAINING, Plan, Request
 from hydra.notebook.progress import Progress
 from hydra.notebook.storage import make_saves_safe, mask_notebook, save_copy
 from hydra.runtime import Run, RunStatus
+from hydra.runtime.paths import refuse_links_out
 from hydra.runtime.processes import ENGINE_PID, ENGINE_RUN_DIR
 from hydra.runtime.secrets import mark, mask
 
@@ -80,7 +82,9 @@ class NotebookEngine(Engine):
             BatchError: see `exit_code`.
         """
         try:
-            plan = cls.plan(_read_request(nb))
+            request = _read_request(nb)
+            refuse_links_out(request.run_dir)
+            plan = cls.plan(request)
             KernelSpecManager().get_kernel_spec(kernel_name)
         except HydraError as error:
             raise BatchError(str(error), REJECTED) from error
@@ -219,7 +223,7 @@ class _Batch:
         finally:
             save_copy(self._nb, plan.run_dir / f"{plan.notebook_name}.ipynb", output_path)
         if error is None:
-            self._say_all_is_well(report, to_stderr=output_path == "-")
+            self._say_all_is_well(report, to_stderr=output_path == STANDARD_OUTPUT)
         elif self._was_cut_off(error):
             raise self._cut_off(report) from error
 
@@ -302,12 +306,12 @@ def _read_request(nb: NotebookNode) -> Request:
     secret_names, secrets = secret_parameters(nb)
     mark(secrets)
     notebook = record.get("input_path")
-    name = PurePath(notebook).stem if isinstance(notebook, str) and notebook != "-" else None
+    name = PurePath(notebook).stem if isinstance(notebook, str) else None
     given = parameters.pop(RUN_DIR, None)
     job = str(nb.metadata.get("hydra", {}).get("job", TRAINING))
     run_dir = resolve_run_dir(given, name)
     output = record.get("output_path")
-    if isinstance(output, str) and output != "-":
+    if isinstance(output, str) and output != STANDARD_OUTPUT:
         _check_output(Path(output).resolve(), notebook, run_dir, is_given=given is not None)
     return Request(
         notebook=str(notebook),

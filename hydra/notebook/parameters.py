@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from hydra.errors import ConfigError
-from hydra.runtime import workspace_root
+from hydra.runtime import paths, workspace_root
 from hydra.runtime.processes import ENGINE_RUN_DIR, is_batch
 from hydra.runtime.secrets import mark, texts_in
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 DECLARED, INJECTED = "parameters", "injected-parameters"
 COMMENT = "# Parameters"
 RUN_DIR = "run_dir"
+# Python takes other letters too, but reads some of them as if they were these; a leading _ is for what is not a parameter.
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 SECRET = "# secret"
 """The comment behind an assignment in the parameters cell: the name is the notebook's own, its value is masked."""
 
@@ -99,7 +101,8 @@ def resolve_run_dir(given: object, notebook_name: str | None) -> Path:
     """The absolute run directory for the parameter `run_dir` (None: not given) of the notebook of that name.
 
     Raises:
-        ConfigError: it is not a text, or it is not given and the notebook has no name.
+        ConfigError: it is not a text, it is not given and the notebook has no name that a folder of `runs/` can have,
+            or it leads out of where it may be.
     """
     if given is None:
         if notebook_name is None:
@@ -107,13 +110,27 @@ def resolve_run_dir(given: object, notebook_name: str | None) -> Path:
                 f"the run needs a name, but the notebook's name is not known here; with papermill add --engine hydra, "
                 f'elsewhere assign {RUN_DIR} in the parameters cell, as {RUN_DIR} = "runs/my-run"'
             )
-        given = f"runs/{notebook_name}"
+        return _own_run_dir(notebook_name)
     if not isinstance(given, str) or not given.strip():
         raise ConfigError(
             f"{RUN_DIR} must be the path of a folder, but got {given!r} ({type(given).__name__}); "
             f"papermill's -p makes numbers of what looks like one: use -r {RUN_DIR} runs/my-run"
         )
-    run_dir = (workspace_root() / given).resolve()
+    return _writable(paths.resolve_run_dir(given, RUN_DIR))
+
+
+def _own_run_dir(notebook_name: str) -> Path:
+    """runs/<name of the notebook>: a folder in `runs/`, whatever the name is."""
+    run_dir = paths.resolve_run_dir(Path(paths.RUNS, notebook_name), RUN_DIR)
+    if run_dir != (workspace_root() / paths.RUNS).resolve() / notebook_name:
+        raise ConfigError(
+            f"a run that is named by its notebook must lie in {paths.RUNS}/, but {notebook_name!r} would be {run_dir}; "
+            f"give another name: -r {RUN_DIR} runs/my-run"
+        )
+    return _writable(run_dir)
+
+
+def _writable(run_dir: Path) -> Path:
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"{RUN_DIR} must be the path of a folder, but {existing} is a file; give another name")
@@ -129,7 +146,7 @@ def check_names(names: Sequence[str]) -> None:
         ConfigError: one cannot. papermill writes names into the injected cell as they are, so that one may be code.
     """
     for name in names:
-        if not name.isidentifier() or keyword.iskeyword(name):
+        if not NAME.fullmatch(name) or keyword.iskeyword(name):
             raise ConfigError(f"a parameter's name must be a plain Python name, but got {name!r}; it was not run")
 
 

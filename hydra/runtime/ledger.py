@@ -105,8 +105,9 @@ class Ledger:
         """Lock the run; `state` then is what its last owner left. Nothing is written before `begin`.
 
         Raises:
-            RunError: another process owns the run directory.
+            RunError: another process owns the run directory, or a link leads out of it.
         """
+        paths.refuse_links_out(run_dir)
         descriptor = os.open(run_dir / paths.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

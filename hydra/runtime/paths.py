@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import ConfigError, RunError
 from hydra.runtime.secrets import mask_texts
 
 CONFIG = "config.json"
@@ -26,6 +27,8 @@ EVENTS = "events"
 WANDB = "wandb"
 TRACKED = "tracked.json"  # in wandb/: the run's id there, and how far it was handed over
 CHECKPOINTS = "checkpoints"
+RUNS = "runs"
+MAX_NAME_BYTES = 255  # of a file or folder, on Linux
 
 
 def workspace_root() -> Path:
@@ -39,6 +42,72 @@ def workspace_root() -> Path:
         if (directory / "pyproject.toml").is_file() and (directory / "notebooks").is_dir():
             return directory
     return here
+
+
+def check_path(given: str, what: str) -> None:
+    """Return if the text is a path on this machine that means what it seems to mean.
+
+    Raises:
+        ConfigError: it holds braces or what cannot be seen, a name that is too long, an address, or .. behind a /.
+    """
+    if not given.isprintable() or {"{", "}"} & set(given):
+        raise ConfigError(f"{what} must be a path of printable characters without braces, but got {given!r}")
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in Path(given).parts):
+        raise ConfigError(
+            f"{what} must be a path of names of at most {MAX_NAME_BYTES} bytes, but got {given[:80]!r}..."
+        )
+    if "://" in given:
+        raise ConfigError(f"{what} must be a path on this machine, but got {given!r}; fetch the file first")
+    if Path(given).is_absolute() and ".." in Path(given).parts:
+        raise ConfigError(f"{what} must be written without .. when it is absolute, but got {given!r}")
+
+
+def resolve_inside(given: str, start: Path, what: str) -> Path:
+    """The absolute path: an absolute one as it is; one relative to `start` must stay in it, or in the workspace.
+
+    `runs` itself may be a link to another disk. What lies in it, or elsewhere in the workspace, may not lead out.
+
+    Raises:
+        ConfigError: `check_path` refuses it, or .. or a link leads out.
+    """
+    check_path(given, what)
+    root = workspace_root()
+    try:
+        resolved = (start / given).resolve()
+        allowed = (start.resolve(), root.resolve(), (root / RUNS).resolve())
+    except (OSError, RuntimeError) as error:  # links that lead in a circle
+        raise ConfigError(f"{what} must be the path of a file or folder, but {given} is none: {error}") from None
+    if not Path(given).is_absolute() and not any(resolved.is_relative_to(folder) for folder in allowed):
+        raise ConfigError(
+            f"{what} must stay in the workspace {root}, but {given} leads to {resolved}; name a place elsewhere by its "
+            "absolute path"
+        )
+    return resolved
+
+
+def resolve_run_dir(given: str | Path, what: str = "run_dir") -> Path:
+    """The absolute path of a run directory; relative ones start at the workspace root.
+
+    Raises:
+        ConfigError: as `resolve_inside` does.
+    """
+    return resolve_inside(str(given), workspace_root(), what)
+
+
+def refuse_links_out(run_dir: Path) -> None:
+    """Return if no link in a run directory leads out of it: who reads or writes the run would read or write elsewhere.
+
+    Raises:
+        RunError: naming the link.
+    """
+    inside = run_dir.resolve()
+    for folder, directories, files in os.walk(run_dir):
+        for path in (Path(folder, name) for name in (*directories, *files)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise RunError(
+                    f"a run directory must hold what belongs to it, but {path} is a link to {path.readlink()}; remove "
+                    "the link. (To keep runs on another disk make `runs` itself a link, or give an absolute run_dir)"
+                )
 
 
 def next_free(run_dir: Path) -> Path:

@@ -34,13 +34,15 @@ class Run:
         """The run in `run_dir` (relative to the workspace root).
 
         Raises:
-            RunError: there is no `config.json` in it.
+            RunError: there is no `config.json` in it, or a link leads out of it.
+            ConfigError: the path leads out of the workspace.
         """
-        directory = (paths.workspace_root() / run_dir).resolve()
+        directory = paths.resolve_run_dir(run_dir)
         if not (directory / paths.CONFIG).is_file():
             raise RunError(
                 f"a run directory must hold {paths.CONFIG}, but {directory} does not; start one with launch()"
             )
+        paths.refuse_links_out(directory)
         return cls(directory)
 
     def __repr__(self) -> str:

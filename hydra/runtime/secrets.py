@@ -138,7 +138,13 @@ def _spellings(secret: str) -> set[str]:
     for _ in range(2):  # a Python literal may stand in a JSON text, as in a notebook
         escaped |= {spelling for text in escaped for spelling in _escape(text)}
     content = secret.encode(errors="surrogateescape")
-    on_pages = {html.escape(secret), html.escape(secret, quote=False), quote(content), quote(content, ""), quote_plus(content)}
+    on_pages = {
+        html.escape(secret),
+        html.escape(secret, quote=False),
+        quote(content),
+        quote(content, ""),
+        quote_plus(content),
+    }
     return escaped | on_pages | _in_base64(content)
 
 

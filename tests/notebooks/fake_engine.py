@@ -58,6 +58,7 @@ def papermill_command() -> None:
     from papermill.engines import papermill_engines
 
     from hydra.errors import ConfigError
+    from hydra.notebook.doors import guard_paths
     from hydra.notebook.engine import NotebookEngine, silence_unknown_parameters
     from hydra.notebook.plan import Plan, Request
 
@@ -80,6 +81,7 @@ def papermill_command() -> None:
 
     papermill_engines.register("fake", FakeEngine)
     silence_unknown_parameters("fake")
+    guard_paths("fake")
     papermill()
 
 
