@@ -22,7 +22,7 @@ import torch
 from hydra.attention.code import load_copies
 from hydra.compare import ArmResult, Comparison, LearningRateChoice, choose_learning_rates, compare_arms
 from hydra.errors import ComparisonError, ConfigError, HydraError, NotFiniteError
-from hydra.runtime import Run, paths, workspace_root
+from hydra.runtime import Run, paths
 from hydra.runtime.environment import describe_session, record_session
 from hydra.runtime.ledger import Ledger
 from hydra.runtime.logs import log_to_standard_error, logging_to

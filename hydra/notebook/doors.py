@@ -1,7 +1,7 @@
 """The paths in a papermill command, checked before papermill reads or writes them.
 
 papermill fills `{name}` into them as Python formats text, attributes and all; takes a notebook's text for a path, `-`
-for standard input, and addresses for files; and writes wherever a path leads. With our engine a notebook is a file here.
+for standard input, addresses for files; and writes wherever a path leads. With our engine a notebook is a file.
 """
 
 import re

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DECLARED, INJECTED = "parameters", "injected-parameters"
 COMMENT = "# Parameters"
 RUN_DIR = "run_dir"
-# Python takes other letters too, but reads some of them as if they were these; a leading _ is for what is not a parameter.
+# Python takes other letters too, but reads some of them as if they were these.
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 SECRET = "# secret"
 """The comment behind an assignment in the parameters cell: the name is the notebook's own, its value is masked."""

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import bleach
-from bleach.css_sanitizer import CSSSanitizer
 from bs4 import BeautifulSoup, Tag
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode, from_dict
@@ -22,6 +20,7 @@ from hydra.notebook.figures import REPORT_SECTIONS, YARDSTICKS, config_section
 from hydra.notebook.markup import Section, escape, format_number, tiles
 from hydra.notebook.plan import COMPARISON, TRAINING, Plan
 from hydra.notebook.progress import format_duration
+from hydra.notebook.sanitise import clean_html
 from hydra.runtime import Run, RunStatus
 from hydra.runtime.paths import write_atomically
 from hydra.runtime.secrets import mask, mask_texts
@@ -33,24 +32,6 @@ MAX_BYTES = 2_000_000
 MAX_OUTPUTS_BYTES = 1_400_000
 MAX_TEXT_CHARACTERS = 20_000
 LOG_LINES = 25
-# What may stand in what a notebook displays; the rest goes. Elements of the first kind go with all that is in them.
-DROPPED_TAGS = (
-    "applet audio base canvas datalist dialog embed form frame frameset iframe link math meta noembed noframes noscript "
-    "object plaintext portal script select slot style svg template textarea title video xmp"
-).split()
-ALLOWED_TAGS = frozenset(
-    "a abbr b blockquote br caption cite code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 "
-    "header hr i img ins kbd li main mark nav ol p pre q s samp section small span strong sub summary sup table tbody td "
-    "tfoot th thead tr u ul var".split()
-)
-ALLOWED_ATTRIBUTES = frozenset(
-    "align alt aria-label class colspan data-hydra dir height id lang open role rowspan scope start title width".split()
-)
-ALLOWED_STYLES = (
-    "background-color border border-collapse color font-family font-size font-style font-weight height margin "
-    "margin-bottom margin-left margin-right margin-top max-width min-width padding text-align text-decoration "
-    "vertical-align white-space width"
-).split()
 PRIORITY = ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain")
 
 
@@ -269,35 +250,6 @@ def _seal(page: str) -> str:
     body.clear()
     before, after = str(soup).split("<body></body>")
     return f"{before}<body>\n{clean_html(inside)}</body>{after}"
-
-
-def clean_html(markup: str) -> str:
-    """HTML that a notebook displays without all that runs, fetches, or reaches beyond its own place, every tag closed."""
-    soup = BeautifulSoup(markup, "html.parser")
-    for tag in soup.find_all(DROPPED_TAGS):
-        tag.decompose()
-    cleaned: str = bleach.clean(
-        str(soup),
-        tags=ALLOWED_TAGS,
-        attributes=_is_allowed,
-        protocols={"data", "http", "https", "mailto"},
-        strip=True,
-        css_sanitizer=CSSSanitizer(allowed_css_properties=ALLOWED_STYLES, allowed_svg_properties=[]),
-    )
-    return cleaned
-
-
-def _is_allowed(tag: str, name: str, value: str) -> bool:
-    """Whether an element may have the attribute."""
-    match name:
-        case "src":
-            return tag == "img" and value.strip().startswith("data:image/")
-        case "href":
-            return tag == "a" and not value.strip().lower().startswith("data:")
-        case "style":
-            # An address, in plain or written so that only a browser sees it.
-            return not re.search(r"url|\\|@|expression", value, re.IGNORECASE)
-    return name in ALLOWED_ATTRIBUTES
 
 
 def _fill_contents(soup: BeautifulSoup) -> None:

@@ -21,7 +21,7 @@ class MaskedFormatter(logging.Formatter):
 
 
 def log_to_standard_error() -> None:
-    """In a process of our own: log to standard error, and mask what anybody in it prints, as that may be a run's log."""
+    """In a process of our own: log to standard error, and mask all that is printed, which may go into a run's log."""
     sys.stdout, sys.stderr = MaskedStream(sys.stdout), MaskedStream(sys.stderr)
     logging.basicConfig(level=logging.INFO, format=FORMAT)
 

@@ -1,4 +1,4 @@
-"""Secrets: values that nothing a run leaves may hold. Found by the names of environment variables, or marked by the user.
+"""Secrets: values that nothing a run leaves may hold, found by names of environment variables or marked by the user.
 
 A value is masked wherever text is written: log, records, notebook, report. So are its spellings in JSON, Python, HTML
 and addresses, and its base64, alone or inside of more. The environment is the only list there is: it is read at every
@@ -108,7 +108,7 @@ def refuse_secrets(config: Mapping[str, object]) -> None:
 def is_secret(name: str, value: str) -> bool:
     """Whether an environment variable holds a secret, by its name; the path of something that exists is none."""
     is_named = NAMES.fullmatch(name) and not HARMLESS.fullmatch(name)
-    return bool(is_named) and name != MARKED and not os.path.exists(value)
+    return bool(is_named) and name != MARKED and not os.path.exists(value)  # noqa: PTH110 (a Path may not hold all that a value may)
 
 
 def _named() -> dict[str, str]:
