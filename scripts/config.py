@@ -302,7 +302,7 @@ class TrainingConfig:
         """
         try:
             stored = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"a stored config must be JSON, but is not: {error}") from None
         if not isinstance(stored, dict):
             raise ConfigError(f"a stored config must be a JSON object, but is a {type(stored).__name__}")
@@ -617,7 +617,6 @@ def refuse_changed_config(config: JobConfig, run_dir: Path) -> None:
     """
     path = run_dir / CONFIG
     if path.is_file():
-        text = path.read_text()
         is_comparison = "arms" in paths.read_json(path)
         if is_comparison != (config.module == "scripts.compare"):
             kind = "a comparison" if is_comparison else "a training run"
@@ -625,7 +624,11 @@ def refuse_changed_config(config: JobConfig, run_dir: Path) -> None:
                 f"run_dir must be a new folder or hold what is asked for, but {run_dir} is {kind}; give another "
                 f"run_dir, such as {next_free(run_dir)}"
             )
-        refuse_difference(config, type(config).from_json(text), run_dir)
+        try:
+            stored = type(config).from_json(path.read_text())
+        except ConfigError as error:
+            raise RunError(f"{path}: {error}") from None
+        refuse_difference(config, stored, run_dir)
     elif run_dir.exists():
         foreign = [
             entry.name

@@ -24,6 +24,7 @@ from hydra.data.tokenizer import (
     check_lossless,
     encode_documents,
     for_text,
+    read_tokenizer,
     tokenizer_identity,
     vocabulary_size,
 )
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1  # of the documents, shards and manifest: another number, another fingerprint
 MANIFEST_KEYS = {"format_version", "fingerprint", "corpus", "tokenizer", "splits", "yardsticks", "dtype"}
 N_TOKENS_PER_CHUNK = 1 << 24
+DTYPES = ("<u2", "<u4")
+SHARD_NAME = r"(train|validation)-\d{5,}\.bin"
 
 
 def prepare_dataset(spec: DataSpec, data_dir: Path, root: Path) -> Dataset:
@@ -78,9 +81,22 @@ def open_dataset(manifest: Mapping[str, Any], data_dir: Path) -> Dataset:
             f"folder, and {', '.join(manifest['corpus']['names'])} as it is now does not give them; bring back the "
             f"text with the SHA-256 {manifest['corpus']['sha256']}, or the folder"
         )
+    _check_names(manifest)
     check_shards(directory, manifest)
-    tokenizer = for_text(Tokenizer.from_file(str(directory / "tokenizer.json")))
+    tokenizer = for_text(read_tokenizer(directory / "tokenizer.json"))
     return Dataset(dict(manifest), directory, tokenizer)
+
+
+def _check_names(manifest: Mapping[str, Any]) -> None:
+    """Raise DataError unless the manifest names files as a build does, and tokens as integers: a run may be another's."""
+    if manifest["dtype"] not in DTYPES:
+        raise DataError(
+            f"Tokens must be stored as one of {', '.join(DTYPES)}, but the manifest has {manifest['dtype']!r}"
+        )
+    for split, described in manifest["splits"].items():
+        for shard in described["shards"]:
+            if not re.fullmatch(SHARD_NAME, str(shard["file"])):
+                raise DataError(f"Shards must be called train-00000.bin, ..., but {split} has {shard['file']!r}")
 
 
 def compute_fingerprint(spec: DataSpec, corpus: Corpus, root: Path) -> str:
@@ -111,7 +127,7 @@ def build_dataset(
     check_lossless(tokenizer, corpus.validation)
     write_synced(directory / "tokenizer.json", tokenizer.to_str())
     vocab_size = vocabulary_size(tokenizer)
-    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+    dtype = DTYPES[vocab_size > 1 << 16]
     texts = {"train": corpus.train, "validation": corpus.validation}
     splits = {
         split: _write_split(directory, split, documents, tokenizer, dtype, n_tokens_per_shard)

@@ -125,20 +125,26 @@ def load_checkpoint(directory: Path, groups: tuple[str, ...]) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing, of another size, or of other content than when it was written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
-    files = _read_manifest(directory)
+    hashes = {name: described["sha256"] for name, described in _read_manifest(directory).items()}
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in [*(f"{group}.safetensors" for group in groups), TRAINER_STATE]:
         path = directory / name
-        if name not in files or not path.is_file():
+        if name not in hashes or not path.is_file():
             raise CheckpointError(_damaged(path, "is missing"))
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != files[name]["sha256"]:
+        if hashlib.sha256(content).hexdigest() != hashes[name]:
             raise CheckpointError(_damaged(path, "has changed since it was written (SHA-256 differs)"))
-        if name != TRAINER_STATE:  # parsed at once: the bytes of one group are held at a time
-            tensors[name.removesuffix(".safetensors")] = load(content)
-    return Checkpoint(tensors, json.loads(content))
+        try:
+            if name == TRAINER_STATE:
+                trainer_state = dict(json.loads(content))
+            else:  # parsed at once: the bytes of one group are held at a time
+                tensors[name.removesuffix(".safetensors")] = load(content)
+        except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(_damaged(path, f"is not of its kind ({error})")) from None
+    return Checkpoint(tensors, trainer_state)
 
 
 def _read_manifest(directory: Path) -> dict[str, dict[str, object]]:
@@ -148,7 +154,7 @@ def _read_manifest(directory: Path) -> dict[str, dict[str, object]]:
         text = path.read_text()
         files = json.loads(text)["files"]
         described = {name: {key: files[name][key] for key in ("n_bytes", "sha256")} for name in files}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(_damaged(path, f"is no manifest ({error!r})")) from None
     if text != _manifest_text(described):
         raise CheckpointError(_damaged(path, "has changed since it was written"))

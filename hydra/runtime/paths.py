@@ -163,10 +163,17 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, or {} when there is no such file yet."""
+    """The JSON object in `path`, or {} when there is no such file yet.
+
+    Raises:
+        RunError: the file holds anything else.
+    """
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    assert isinstance(value, dict), path
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} must hold JSON, but does not ({error}); put it back as it was") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path} must hold a JSON object, but holds a {type(value).__name__}; put it back as it was")
     return value

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from hydra.errors import RunError
 from hydra.runtime import paths
 from hydra.runtime.secrets import mask, mask_texts
 from hydra.runtime.tracking import Tracker, TrackingMode
@@ -15,12 +16,20 @@ logger = logging.getLogger(__name__)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Every complete line of `path`, in order; [] where there is none. A line still being written is left out."""
+    """Every complete line of `path`, in order; [] where there is none. A line still being written is left out.
+
+    Raises:
+        RunError: a line is no JSON.
+    """
     return read_records_from(path, 0)[0]
 
 
 def read_records_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """Every complete line of `path` behind `offset` (bytes), and the offset behind the last of them."""
+    """Every complete line of `path` behind `offset` (bytes), and the offset behind the last of them.
+
+    Raises:
+        RunError: a line is no JSON.
+    """
     try:
         with open(path, "rb") as file:
             file.seek(offset)
@@ -28,7 +37,10 @@ def read_records_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], in
     except FileNotFoundError:
         return [], offset
     complete = content[: content.rfind(b"\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()], offset + len(complete)
+    try:
+        return [json.loads(line) for line in complete.splitlines()], offset + len(complete)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"every line of {path} must be JSON, but one is not ({error}); take that line out") from None
 
 
 def keep_records(path: Path, is_kept: Callable[[int], bool]) -> None:

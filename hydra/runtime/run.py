@@ -155,7 +155,17 @@ class Run:
         return model.eval()
 
     def load_tokenizer(self) -> "Tokenizer":
-        """The tokenizer the run was trained with."""
+        """The tokenizer the run was trained with.
+
+        Raises:
+            RunError: its file is none.
+        """
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(self.directory / paths.TOKENIZER))
+        path = self.directory / paths.TOKENIZER
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # `tokenizers` raises plain Exception for a file that it cannot read
+            raise RunError(
+                f"{path} must be a tokenizer.json of the `tokenizers` library, but is not: {error}"
+            ) from None
