@@ -122,7 +122,7 @@ def resolve_run_dir(given: object, notebook_name: str | None) -> Path:
 def _own_run_dir(notebook_name: str) -> Path:
     """runs/<name of the notebook>: a folder in `runs/`, whatever the name is."""
     run_dir = paths.resolve_run_dir(Path(paths.RUNS, notebook_name), RUN_DIR)
-    if run_dir != (workspace_root() / paths.RUNS).resolve() / notebook_name:
+    if (run_dir.parent, run_dir.name) != ((workspace_root() / paths.RUNS).resolve(), notebook_name):
         raise ConfigError(
             f"a run that is named by its notebook must lie in {paths.RUNS}/, but {notebook_name!r} would be {run_dir}; "
             f"give another name: -r {RUN_DIR} runs/my-run"
