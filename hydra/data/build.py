@@ -88,7 +88,7 @@ def open_dataset(manifest: Mapping[str, Any], data_dir: Path) -> Dataset:
 
 
 def _check_names(manifest: Mapping[str, Any]) -> None:
-    """Raise DataError unless the manifest names files as a build does, and tokens as integers: a run may be another's."""
+    """Raise DataError unless the manifest, which may be another's, names files and numbers as a build does."""
     if manifest["dtype"] not in DTYPES:
         raise DataError(
             f"Tokens must be stored as one of {', '.join(DTYPES)}, but the manifest has {manifest['dtype']!r}"

@@ -10,13 +10,13 @@ from pathlib import Path
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from nbformat import NotebookNode, from_dict
+from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 from traitlets import Integer
 
-from hydra.runtime.secrets import mask, mask_texts
+from hydra.runtime.secrets import MaskedStream, mask
 
 MAX_OUTPUT_BYTES = 1_000_000
 MAX_SHOWN_ERRORS = 4_000  # characters
@@ -83,6 +83,9 @@ class BatchClient(PapermillNotebookClient):
     ) -> None:
         """`traits` are those of nbclient's NotebookClient."""
         super().__init__(nb_man, kernel_manager_class=BatchKernelManager, **traits)
+        for name in ("stdout_file", "stderr_file"):
+            if traits.get(name):
+                setattr(self, name, MaskedStream(traits[name]))  # type: ignore[arg-type]
         self._socket_directory = socket_directory
         self._kernel_errors = socket_directory / "kernel-stderr"
         self._on_cell = on_cell
@@ -169,10 +172,6 @@ class BatchClient(PapermillNotebookClient):
         """Forget the cell's outputs, and what they took of its share."""
         super().clear_output(outs, msg, cell_index)
         self._output_bytes[cell_index] = 0
-
-    def log_output_message(self, output: NotebookNode) -> None:
-        """Log the output, and write it to the files of --stdout-file and --stderr-file, with secrets masked."""
-        super().log_output_message(from_dict(mask_texts(output)))
 
     def _show_kernel_errors(self) -> None:
         sys.stderr.write(mask(self._kernel_errors.read_text(errors="replace"))[-MAX_SHOWN_ERRORS:])

@@ -168,4 +168,4 @@ class Run:
         except Exception as error:  # `tokenizers` raises plain Exception for a file that it cannot read
             raise RunError(
                 f"{path} must be a tokenizer.json of the `tokenizers` library, but is not: {error}"
-            ) from None
+            ) from error

@@ -63,7 +63,7 @@ def mask_texts(value: Value) -> Value:
 
 
 class MaskedStream(io.TextIOBase):
-    """Standard output or error, masked line by line: what is written in pieces is masked as a whole."""
+    """A text stream, masked line by line: a secret that is written in pieces is masked as a whole."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -76,9 +76,10 @@ class MaskedStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Write what there is of the last line too."""
-        self._stream.write(mask(self._line))
-        self._line = ""
+        """Write what there is of the last line too, but for an end with which a secret may begin."""
+        shown = len(self._line) - _begun(self._line)
+        self._stream.write(mask(self._line[:shown]))
+        self._line = self._line[shown:]
         self._stream.flush()
 
     def fileno(self) -> int:
@@ -124,6 +125,12 @@ def _secrets() -> frozenset[str]:
     """Values, and the lines of those that have several, that are long enough to be masked."""
     lines = (line.strip() for value in [*_named().values(), *_marked()] for line in (value, *value.splitlines()))
     return frozenset(line for line in lines if len(line) >= MIN_CHARACTERS)
+
+
+def _begun(text: str) -> int:
+    """Characters at the end of the text with which a secret begins."""
+    lengths = (n for secret in _secrets() for n in range(1, len(secret)) if text.endswith(secret[:n]))
+    return max(lengths, default=0)
 
 
 @functools.lru_cache(maxsize=8)

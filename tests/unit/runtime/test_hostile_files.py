@@ -191,12 +191,14 @@ def test_a_shard_that_its_manifest_knows_is_read_as_numbers(run_dir: Path, shard
     assert batch.inputs_BT.dtype == np.int64
 
 
-@pytest.mark.parametrize(("dtype", "file"), [("O", "train-00000.bin"), ("<u2", "../../sentinel"), ("<u2", "/etc/passwd")])
+@pytest.mark.parametrize(
+    ("dtype", "file"), [("O", "train-00000.bin"), ("<u2", "../../sentinel"), ("<u2", "/etc/passwd")]
+)
 def test_a_manifest_that_names_what_no_build_does(run_dir: Path, shards: Path, dtype: str, file: str) -> None:
     manifest = read_json(run_dir / "data.json")
     manifest["dtype"] = dtype
     manifest["splits"]["train"]["shards"][0]["file"] = file
-    with pytest.raises(DataError, match="must be (stored as one of|called train)"):
+    with pytest.raises(DataError, match=r"must be (stored as one of|called train)"):
         open_dataset(manifest, shards.parent)
 
 
