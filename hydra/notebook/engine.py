@@ -32,7 +32,7 @@ from hydra.notebook.storage import make_saves_safe, mask_notebook, save_copy
 from hydra.runtime import Run, RunStatus
 from hydra.runtime.paths import refuse_links_out
 from hydra.runtime.processes import ENGINE_PID, ENGINE_RUN_DIR
-from hydra.runtime.secrets import mark, mask
+from hydra.runtime.secrets import mark, mask, refuse_secrets
 
 START_TIMEOUT_S = 180
 IOPUB_TIMEOUT_S = 120
@@ -311,6 +311,7 @@ def _read_request(nb: NotebookNode) -> Request:
     job = str(nb.metadata.get("hydra", {}).get("job", TRAINING))
     run_dir = resolve_run_dir(given, name)
     output = record.get("output_path")
+    refuse_secrets({RUN_DIR: str(run_dir), "the output's path": output})
     if isinstance(output, str) and output != STANDARD_OUTPUT:
         _check_output(Path(output).resolve(), notebook, run_dir, is_given=given is not None)
     return Request(

@@ -242,8 +242,9 @@ def _seal(page: str) -> str:
             image["alt"] = "A figure of the notebook; its author gave no description."
     _fill_contents(soup)
     for text in soup.find_all(string=True):
-        if mask(text) != text:
-            text.replace_with(mask(text))
+        masked = mask(text)
+        if masked != text:
+            text.replace_with(masked)
     for tag in body.find_all(True):
         tag.attrs |= {name: mask(str(tag[name])) for name in ("alt", "href", "title") if name in tag.attrs}
     inside = body.decode_contents()

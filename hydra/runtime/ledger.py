@@ -82,7 +82,10 @@ def _read_stored(run_dir: Path) -> RunStatus:
     stored = paths.read_json(run_dir / paths.STATE)
     owner = stored.pop("owner", None)
     identity = ProcessIdentity(**owner) if isinstance(owner, Mapping) else None
-    return RunStatus(**stored, owner=identity)
+    try:
+        return RunStatus(**stored, owner=identity)
+    except TypeError as error:
+        raise RunError(f"{run_dir / paths.STATE} must be the ledger of a run, but is not ({error})") from None
 
 
 @dataclass

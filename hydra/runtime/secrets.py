@@ -51,15 +51,13 @@ def mask(text: str) -> str:
 
 
 def mask_texts(value: Value) -> Value:
-    """A plain value with every text in it masked; names of mappings are left, so that it is read as before."""
-    masked: object = value
-    if isinstance(value, str):
-        masked = mask(value)
-    elif isinstance(value, Mapping):
-        masked = {name: mask_texts(item) for name, item in value.items()}
-    elif isinstance(value, list | tuple):
-        masked = [mask_texts(item) for item in value]
-    return masked  # type: ignore[return-value]
+    """A plain value with every text in it masked, and every number that is a secret.
+
+    Names of mappings are left, so that it is read as before.
+    """
+    secrets = _secrets()
+    pattern = _pattern(secrets)
+    return value if pattern is None else _mask_inside(value, pattern, secrets)  # type: ignore[return-value]
 
 
 class MaskedStream(io.TextIOBase):
@@ -91,18 +89,18 @@ class MaskedStream(io.TextIOBase):
         return self._stream.isatty()
 
 
-def refuse_secrets(config: Mapping[str, object]) -> None:
-    """Return if no field of a config holds a secret: a run keeps its config as it is, and shows it.
+def refuse_secrets(values: Mapping[str, object]) -> None:
+    """Return if none of the values, by name, holds a secret: a run stores them as they are, and shows them.
 
     Raises:
-        ConfigError: naming the field, and where the secret comes from.
+        ConfigError: naming the value, and where the secret comes from.
     """
-    for name, value in config.items():
+    for name, value in values.items():
         for source, secret in [*_named().items(), *(("a parameter marked as secret", one) for one in _marked())]:
             if len(secret) >= MIN_CHARACTERS and any(secret in text for text in texts_in(value)):
                 raise ConfigError(
-                    f"a config must hold no secret, since a run stores and shows it, but {name} holds the value of "
-                    f"{source}; give {name} another value"
+                    f"what a run stores and shows must hold no secret, but {name} holds the value of {source}; give "
+                    f"{name} another value"
                 )
 
 
@@ -125,6 +123,19 @@ def _secrets() -> frozenset[str]:
     """Values, and the lines of those that have several, that are long enough to be masked."""
     lines = (line.strip() for value in [*_named().values(), *_marked()] for line in (value, *value.splitlines()))
     return frozenset(line for line in lines if len(line) >= MIN_CHARACTERS)
+
+
+def _mask_inside(value: object, pattern: re.Pattern[str], secrets: frozenset[str]) -> object:
+    match value:
+        case str():
+            return pattern.sub(MASK, value)
+        case Mapping():
+            return {name: _mask_inside(item, pattern, secrets) for name, item in value.items()}
+        case list() | tuple():
+            return [_mask_inside(item, pattern, secrets) for item in value]
+        case int() | float() if str(value) in secrets:
+            return MASK
+    return value
 
 
 def _begun(text: str) -> int:
