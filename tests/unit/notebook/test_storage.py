@@ -85,3 +85,20 @@ def test_the_copy_is_left_out_where_it_would_be_the_original(tmp_path: Path) -> 
     assert nbformat.read(tmp_path / "runs" / "a.ipynb", as_version=4) == nb
     save_copy(nb, tmp_path / "c.ipynb", None)
     assert (tmp_path / "c.ipynb").exists()
+
+
+def test_saves_are_masked_and_the_notebook_that_is_executed_is_not(
+    atomic_io: PapermillIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", 'can"ary\nsecond line')
+    outputs = [nbformat.v4.new_output("stream", text='told: can"ary\nsecond line\n')]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(r'key = "can\"ary\nsecond line"', outputs=outputs)])
+    before = nbformat.writes(nb)
+    write_ipynb(nb, str(tmp_path / "saved.ipynb"))
+    save_copy(nb, tmp_path / "copy.ipynb", None)
+    write_ipynb(nb, "-")
+    assert nbformat.writes(nb) == before
+    printed = capsys.readouterr().out
+    for text in ((tmp_path / "saved.ipynb").read_text(), (tmp_path / "copy.ipynb").read_text(), printed):
+        (cell,) = nbformat.reads(text, as_version=4).cells
+        assert (cell.source, cell.outputs[0].text) == ('key = "[masked]"', "told: [masked]\n")
