@@ -15,9 +15,8 @@ from hydra.runtime.paths import resolve_inside
 
 STANDARD_OUTPUT = "-"
 SUFFIX = ".ipynb"
-# What papermill itself offers to a path, beside the parameters.
-BUILT_IN = re.compile(r"pm\[(run_uuid|current_datetime_local|current_datetime_utc)\]")
-TIME_FORMAT = re.compile(r"[%\w.: -]*")
+# What papermill itself offers to a path, beside the parameters: field and format, with a colon between them.
+BUILT_IN = re.compile(r"pm\[run_uuid\]:|pm\[current_datetime_(local|utc)\]:(%[A-Za-z]|[-_.: ])*")
 
 
 def fill_in(path: str, parameters: Mapping[str, object]) -> str:
@@ -31,7 +30,7 @@ def fill_in(path: str, parameters: Mapping[str, object]) -> str:
     except ValueError as error:
         raise ConfigError(f"a path may hold {{name}} of a parameter, but got {path!r}: {error}") from None
     for _, field, form, conversion in pieces:
-        if field is None or (BUILT_IN.fullmatch(field) and TIME_FORMAT.fullmatch(form or "") and not conversion):
+        if field is None or (BUILT_IN.fullmatch(f"{field}:{form}") and not conversion):
             continue
         if not field.isidentifier() or field not in parameters or form or conversion:
             raise ConfigError(
@@ -44,7 +43,10 @@ def fill_in(path: str, parameters: Mapping[str, object]) -> str:
             raise ConfigError(
                 f"a parameter in a path must be a number or a plain name, but {{{field}}} in {path!r} is {value!r}"
             )
-    return path.format(**parameters)
+    try:
+        return path.format(**parameters)
+    except (LookupError, TypeError, ValueError) as error:  # a parameter that is called pm
+        raise ConfigError(f"a path may hold {{name}} of a parameter, but got {path!r}: {error}") from None
 
 
 def check_input(path: str) -> None:

@@ -229,6 +229,9 @@ WHOLE += [
     "{c}",
 ]
 WHOLE += [
+    "{pm[run_uuid]:9999999999}.ipynb",
+    "{pm[current_datetime_utc]:%9Y}.ipynb",
+    "{pm[run_uuid][0]}.ipynb",
     "{{}}",
     "{x}/../../outside/nb.ipynb",
     "{up}/nb.ipynb",
@@ -267,6 +270,7 @@ def command(source: str, output: str, **parameters: object) -> str:
 def test_a_plain_command_passes(workspace: Path) -> None:
     assert command("nb.ipynb", "runs/nb.d/nb.ipynb", run_dir="runs/nb.d") == ""
     assert command("nb.ipynb", "runs/{x}-{pm[run_uuid]}.ipynb") == ""
+    assert command("nb.ipynb", "runs/{pm[current_datetime_utc]:%Y-%m-%d %H.%M}.ipynb") == ""
     assert command("nb.ipynb", "-") == ""
     assert command("nb.ipynb", f"{workspace.parent}/root-x/out.ipynb", run_dir=f"{workspace.parent}/outside") == ""
 
