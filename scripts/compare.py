@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from hydra.attention.checks.before_training import check_before_training
 from hydra.attention.code import load_copies
 from hydra.compare import ArmResult, Comparison, LearningRateChoice, choose_learning_rates, compare_arms
 from hydra.errors import ComparisonError, ConfigError, HydraError, NotFiniteError
@@ -91,6 +92,11 @@ class Comparer:
         self.results = paths.read_json(self.run_dir / paths.RESULTS) or self.results
         try:
             load_copies(config.attention_code, self.run_dir / paths.CODE)
+            self.ledger.update(stage="checking attention classes")
+            for name in (config.baseline, *config.arms):
+                training = config.training_config(name)
+                specs = [layer.spec for layer in training.model_spec().plan_layers()]
+                check_before_training(specs, training.context_length)
             self.ledger.update(stage="solving for equal arms")
             # All before the first run: what cannot be made equal is told in seconds, and not after hours.
             self.arms = {equal: build_arms(config, equal) for equal in config.equal}

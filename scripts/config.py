@@ -652,9 +652,14 @@ def refuse_difference(config: JobConfig, stored: JobConfig, run_dir: Path) -> No
     differences = {name: both for name, both in config.differences(stored).items() if name not in may_change}
     if not differences:
         return
-    listed = "\n".join(
-        f"  {name}: {theirs!r} there, {mine!r} asked for" for name, (theirs, mine) in differences.items()
-    )
+    shown = run_dir.relative_to(workspace_root()) if run_dir.is_relative_to(workspace_root()) else run_dir
+    lines = describe_changed_code(config, stored, shown)
+    lines += [
+        f"{name}: {theirs!r} there, {mine!r} asked for"
+        for name, (theirs, mine) in differences.items()
+        if name != "attention_code"
+    ]
+    listed = "\n".join(f"  {line}" for line in lines)
     new_name = next_free(run_dir)
     if new_name.is_relative_to(workspace_root()):
         new_name = new_name.relative_to(workspace_root())
@@ -665,6 +670,17 @@ def refuse_difference(config: JobConfig, stored: JobConfig, run_dir: Path) -> No
         f"For a run of its own give another run_dir, such as {new_name} (papermill: -r run_dir "
         f"{shlex.quote(str(new_name))}).{leave}"
     )
+
+
+def describe_changed_code(config: JobConfig, stored: JobConfig, run_dir: Path) -> list[str]:
+    """In words: the files of attention classes that both name, and that have changed since."""
+    before, now = stored.attention_code, config.attention_code
+    return [
+        f"{path} has changed since the run began; its copy in {run_dir / CODE} is what the run goes on with: "
+        f"python -m {config.module} {shlex.quote(str(run_dir))}"
+        for path in before
+        if path in now and before[path]["sha256"] != now[path]["sha256"]
+    ]
 
 
 def must(holds: bool, field: str, what: str, got: object) -> None:

@@ -1,10 +1,10 @@
 """A researcher's own attention class, in a file of its own. The one place where code is loaded by path. No torch here.
 
 A class is named by its file, `path/to/my_attention.py:MyAttention`. The file is read without being run: its syntax tree
-tells whether there is such a class, with `__init__(spec)` and `forward(x_BTD, positions_BT, document_ids_BT)`, and
-which options it has. What is known of it then, its record, stands in configs and checkpoints. Its text is run when a
-layer is built, and only if somebody vouched for its hash in this process: by naming the path (`read_code`) or a folder
-of copies (`load_copies`).
+tells whether there is such a class, with `__init__(spec)` and `forward(x_BTD, positions_BT, document_ids_BT)` (names
+are free), and which options it has. What is known of it then, its record, stands in configs and checkpoints. Its text
+is run when a layer is built, and only if somebody vouched for its hash in this process: by naming the path
+(`read_code`) or a folder of copies (`load_copies`).
 """
 
 import ast
@@ -13,17 +13,25 @@ import hashlib
 import linecache
 import re
 import sys
+import traceback
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.attention.spec import AttentionSpec, check_known
-from hydra.errors import ConfigError
+from hydra.errors import ConfigError, HydraError
 
 NAME = re.compile(r"(?P<path>.+\.py):(?P<class_name>[^\W\d]\w*)")
 FORWARD = ("x_BTD", "positions_BT", "document_ids_BT")
-TAKES = "a class must define __init__(self, spec) and forward(self, x_BTD, positions_BT, document_ids_BT)"
+TAKES = "a class must define __init__(self, spec) and forward(self, x_BTD, positions_BT, document_ids_BT), by any names"
+MODULE = "hydra_code_"
+"""What names of modules made from such files begin with."""
+# What code of a researcher may raise: everything that is a mistake in it, and nothing that ends a process.
+MISTAKES = (
+    ArithmeticError, AssertionError, AttributeError, HydraError, LookupError, MemoryError, NameError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
 
 Records = Mapping[str, Mapping[str, Any]]
 """By path: `sha256` of the file, and `options`: by class, the names of its options with their defaults."""
@@ -153,7 +161,7 @@ def load_class(name: str, sha256: str) -> type:
     assert names is not None, name
     if sha256 not in _MODULES:
         path, content = _source_of(names[0], sha256)
-        module = types.ModuleType(f"hydra_code_{sha256[:12]}_{path.stem}")
+        module = types.ModuleType(f"{MODULE}{sha256[:12]}_{path.stem}")
         module.__file__ = str(path)
         # What looks for its module by name, as dataclasses do, finds it; tracebacks show the text that was checked.
         sys.modules[module.__name__] = module
@@ -166,9 +174,35 @@ def load_class(name: str, sha256: str) -> type:
                 f"the file of an attention class must stand alone and import installed packages only, but {path} "
                 f"says: {error}"
             ) from error
+        except MISTAKES as error:
+            raise ConfigError(
+                f"the file of an attention class must run when it is imported, but {path} "
+                f"{describe_mistake(error, module.__name__)}; correct it"
+            ) from error
         _MODULES[sha256] = module
     found: type = getattr(_MODULES[sha256], names[1])
     return found
+
+
+def describe_mistake(error: BaseException, module: str = MODULE) -> str:
+    """An exception in one line, with the line of a researcher's module that it comes from.
+
+    Args:
+        module: what the name of that module begins with.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    place = place_of(error, module)
+    return f"raises {type(error).__name__}: {lines[0][:160]}{'' if place is None else f', at {place}'}"
+
+
+def place_of(error: BaseException, module: str = MODULE) -> str | None:
+    """The last line of such a module that an exception went through, as file, number and text; None if none."""
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).startswith(module):
+            path = frame.f_code.co_filename
+            place = f"{Path(path).name}:{line} `{linecache.getline(path, line).strip()}`"
+    return place
 
 
 def build_custom_spec(
@@ -257,7 +291,9 @@ def _check_method(lineage: list[ast.ClassDef], method: str, parameters: tuple[st
         for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
         if default is None
     ]
-    if tuple(names[: len(parameters)]) != parameters or len(needed) > len(parameters) or more:
+    # Names are free, since arguments are given by place; those of ours in other places tell of a wrong order.
+    is_swapped = any(name in names and names.index(name) != place for place, name in enumerate(parameters))
+    if len(names) < len(parameters) or len(needed) > len(parameters) or more or is_swapped:
         written = ast.unparse(arguments)
         raise ConfigError(f"{TAKES}, but line {found[0].lineno} of {where} is {method}({written}); correct it")
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hydra.attention.base import AttentionBackend, AttentionCache, write_tokens
-from hydra.attention.code import CustomSpec, load_class
+from hydra.attention.code import MISTAKES, CustomSpec, describe_mistake, load_class
 from hydra.attention.masks import AttentionContext, TokenHistory
-from hydra.errors import ConfigError
+from hydra.errors import ConfigError, HydraError
 
 MEASURED_LENGTHS = (256, 512, 1024)
 """Where floating-point operations are counted, which are then taken to be a n + b n^2."""
@@ -45,9 +45,7 @@ class CustomAttention(AttentionBackend):
 
     def __init__(self, spec: CustomSpec) -> None:
         super().__init__(spec)
-        custom = load_class(spec.name, spec.sha256)(spec)
-        if not isinstance(custom, nn.Module):
-            raise ConfigError(f"an attention class must be a torch.nn.Module, but {spec.name} is none; derive it")
+        custom = build_module(load_class(spec.name, spec.sha256), spec)
         refuse_hidden_tensors(custom, spec.name)
         if next(custom.parameters(), None) is None:
             raise ConfigError(f"an attention class must have parameters, but {spec.name} has none")
@@ -111,6 +109,26 @@ class CustomAttention(AttentionBackend):
         return 0
 
 
+def build_module(attention: type, spec: CustomSpec) -> nn.Module:
+    """attention(spec), a researcher's layer.
+
+    Raises:
+        ConfigError: its __init__ raises something (naming the line), or it is no module.
+    """
+    try:
+        custom = attention(spec)
+    except HydraError:
+        raise
+    except MISTAKES as error:
+        raise ConfigError(
+            f"a layer must be built from its spec, but {spec.name}(spec) "
+            f"{describe_mistake(error, attention.__module__)}; correct it"
+        ) from error
+    if not isinstance(custom, nn.Module):
+        raise ConfigError(f"an attention class must be a torch.nn.Module, but {spec.name} is none; derive it")
+    return custom
+
+
 def refuse_hidden_tensors(custom: nn.Module, name: str) -> None:
     """Return if parameters are all the values that the layer holds; ConfigError otherwise."""
     for path, module in custom.named_modules():
@@ -127,8 +145,7 @@ def fit_flops(spec: CustomSpec) -> tuple[float, float]:
     """Coefficients a, b of a n + b n^2 for the layer's forward pass; see fit_quadratic."""
 
     def build() -> nn.Module:
-        custom: nn.Module = load_class(spec.name, spec.sha256)(spec)
-        return custom
+        return build_module(load_class(spec.name, spec.sha256), spec)
 
     return fit_quadratic({n_tokens: count_flops(build, spec.d_model, n_tokens) for n_tokens in MEASURED_LENGTHS})
 

@@ -17,7 +17,7 @@ from hydra.attention.registry import available_backends, load_spec_class
 from hydra.attention.spec import AttentionSpec, check_int, check_known
 from hydra.errors import ConfigError
 
-ENTRY = re.compile(r"(?:(?P<count>\d+)\s*\*\s*)?(?P<name>[^\s*(),=]+)\s*(?:\((?P<options>[^()]*)\))?")
+ENTRY = re.compile(r"(?:(?P<count>-?\d+)\s*\*\s*)?(?P<name>[^\s*(),=]+)\s*(?:\((?P<options>[^()]*)\))?")
 OPTION = re.compile(r"(?P<name>\w+)\s*=\s*(?P<value>[^\s=]+)")
 NO_CODE: Records = {}
 TRUTHS = {"True": True, "true": True, "False": False, "false": False}
@@ -108,15 +108,27 @@ def parse_plan(attention: str) -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(attention, str):
         raise ConfigError(f"attention must be text, but got {attention!r}")
     layers: list[tuple[str, dict[str, Any]]] = []
-    for text in re.split(r",(?![^(]*\))", attention):
-        entry = ENTRY.fullmatch(text.strip())
-        count = 1 if entry is None or entry["count"] is None else int(entry["count"])
-        if entry is None or count < 1:
+    if attention.count("(") != attention.count(")"):
+        raise ConfigError(
+            f"brackets in a plan must be opened and closed, but got {attention!r}; write for example gqa(window=256)"
+        )
+    texts = [text.strip() for text in re.split(r",(?![^(]*\))", attention)]
+    for place, text in enumerate(texts, start=1):
+        if not text and len(texts) > 1:
+            raise ConfigError(
+                f"a plan must have an attention on both sides of a comma, but entry {place} of {attention!r} is empty; "
+                "remove the comma"
+            )
+        entry = ENTRY.fullmatch(text)
+        if entry is None:
             raise ConfigError(
                 f"attention must be a backend or a plan such as '3*ccgqa, gqa' or '3*gqa(window=256), gqa', but got "
-                f"{text.strip()!r} in {attention!r}; the backends are {', '.join(available_backends())}; a class of "
-                "your own is path/to/file.py:Class (no spaces in it)"
+                f"{text!r} in {attention!r}; the backends are {', '.join(available_backends())}; a class of your own "
+                "is path/to/file.py:Class (no spaces in it)"
             )
+        count = 1 if entry["count"] is None else int(entry["count"])
+        if count < 1:
+            raise ConfigError(f"a count in a plan must be at least 1, but got {text!r} in {attention!r}; correct it")
         layers += [(entry["name"], _parse_options(entry["options"] or "", attention))] * count
     return layers
 

@@ -79,6 +79,17 @@ def record_choices(run_dir: Path, choices: Mapping[str, object]) -> None:
     paths.write_json(path, {**paths.read_json(path), "resolved": dict(choices)})
 
 
+def is_code_checked(run_dir: Path, hashes: Mapping[str, str]) -> bool:
+    """Whether a session of the run has checked attention classes of these files: SHA-256 by path."""
+    return dict(hashes) == paths.read_json(run_dir / paths.ENVIRONMENT).get("checked_code", {})
+
+
+def record_checked_code(run_dir: Path, hashes: Mapping[str, str]) -> None:
+    """Note in environment.json that they were checked, so that a resumed run need not do it again."""
+    path = run_dir / paths.ENVIRONMENT
+    paths.write_json(path, {**paths.read_json(path), "checked_code": dict(hashes)})
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

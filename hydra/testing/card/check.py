@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from hydra.attention.code import load_class, read_code, split_name
+from hydra.attention.checks import sight
+from hydra.attention.checks.subject import Finding, Subject
+from hydra.attention.code import MISTAKES, load_class, read_code, split_name
 from hydra.attention.spec import check_known
-from hydra.errors import ConfigError, HydraError
-from hydra.testing.card import costs, numbers, sight, state
-from hydra.testing.card.subject import MISTAKES, Finding, Subject, describe
+from hydra.testing.card import costs, numbers, state
 
 WIDTH = 84
+LENGTHS_ROW = "T = 1, odd and other lengths"
 PROPERTIES: tuple[tuple[str, Callable[[Subject], list[Finding]]], ...] = (
-    ("T = 1, odd and other lengths", state.check_lengths),
     ("repeats: no chance, no state between calls", state.check_repeats),
     ("state dict holds all", state.check_state_dict),
     ("causality", sight.check_causality),
@@ -28,6 +28,29 @@ PROPERTIES: tuple[tuple[str, Callable[[Subject], list[Finding]]], ...] = (
     ("gradcheck in float64", numbers.check_gradients),
     ("gradient to every parameter", numbers.check_parameters),
 )
+
+
+def _compare_precision(subject: Subject) -> tuple[list[Finding], str]:
+    return numbers.check_precision(subject, Subject("gqa", subject.d_model, subject.n_heads, {}))
+
+
+def _describe_order(subject: Subject) -> tuple[list[Finding], str]:
+    try:
+        order, numbers_matter = sight.sees_order(subject)
+    except MISTAKES as error:
+        return [Finding("order and positions", subject.describe(error))], ""
+    seen = "matters" if order else "does not matter: a set of tokens is all it sees"
+    return [], f"order of earlier tokens {seen}; positions as numbers {'are' if numbers_matter else 'are not'} read"
+
+
+FIGURES: dict[str, Callable[[Subject], tuple[list[Finding], str]]] = {
+    "bfloat16 error": _compare_precision,
+    "scale: output over input": numbers.check_scale,
+    "graph": costs.check_compilation,
+    "FLOPs": costs.describe_flops,
+    "memory": costs.describe_memory,
+    "order and positions": _describe_order,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +101,26 @@ def check_attention(
     findings: list[Finding] = []
 
     def note(name: str, found: list[Finding], text: str = "holds") -> None:
-        rows.append((name, text if not found else "FAILS: " + "; ".join(map(str, found[:2]))))
-        findings.extend(found)
+        # One mistake in forward may end several checks; it is one finding.
+        fresh = [finding for finding in found if finding.what not in {known.what for known in findings}]
+        if found:
+            text = f"FAILS: {'; '.join(map(str, fresh[:2]))}" if fresh else f"not run: {found[0].what}"
+        rows.append((name, text))
+        findings.extend(fresh)
 
     with torch.random.fork_rng(devices=[]), _one_thread():
-        _refuse_unbuildable(subject)
-        for name, check in PROPERTIES:
-            note(name, _safely(check, subject))
-        note("bfloat16 error", *numbers.check_precision(subject, Subject("gqa", d_model, n_heads, {})))
-        note("scale: output over input", *numbers.check_scale(subject))
-        note("graph", *costs.check_compilation(subject))
-        note("FLOPs", *costs.describe_flops(subject))
-        note("memory", *costs.describe_memory(subject))
+        subject.build()
+        note(LENGTHS_ROW, _safely(state.check_lengths, subject))
+        nowhere = subject.failure_everywhere()
+        if nowhere:
+            rows += [(name, f"not run: forward {nowhere.what}") for name in (*dict(PROPERTIES), *FIGURES)]
+        else:
+            somewhere = "holds, at lengths that run" if findings else "holds"
+            for name, check in PROPERTIES:
+                note(name, _safely(check, subject), somewhere)
+            for name, measure in FIGURES.items():
+                note(name, *measure(subject))
         rows.append(("cache", costs.describe_cache(subject)))
-        rows.append(("order and positions", _describe_order(subject)))
     return AttentionCard(subject.name, tuple(rows), tuple(findings), time.perf_counter() - began)
 
 
@@ -114,26 +143,8 @@ def _find(attention: type | str) -> type | str:
     return load_class(attention, read_code(Path(names[0]), names[1])[0])
 
 
-def _refuse_unbuildable(subject: Subject) -> None:
-    try:
-        subject.build()
-    except HydraError:
-        raise
-    except MISTAKES as error:
-        raise ConfigError(f"a layer must be built from its spec, but {subject.name}(spec) {describe(error)}") from error
-
-
 def _safely(check: Callable[[Subject], list[Finding]], subject: Subject) -> list[Finding]:
     try:
         return check(subject)
     except MISTAKES as error:
-        return [Finding(check.__name__.removeprefix("check_").replace("_", " "), describe(error))]
-
-
-def _describe_order(subject: Subject) -> str:
-    try:
-        order, numbers_matter = sight.sees_order(subject)
-    except MISTAKES as error:
-        return describe(error)
-    seen = "matters" if order else "does not matter: a set of tokens is all it sees"
-    return f"order of earlier tokens {seen}; positions as numbers {'are' if numbers_matter else 'are not'} read"
+        return [Finding(check.__name__.removeprefix("check_").replace("_", " "), subject.describe(error))]

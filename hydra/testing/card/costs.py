@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from hydra.attention.base import AttentionBackend
+from hydra.attention.checks.subject import Finding, Subject, call_layer, run_layer
+from hydra.attention.code import MISTAKES
 from hydra.attention.custom import MEASURED_LENGTHS, count_flops, fit_quadratic
 from hydra.runtime.memory.tracker import Rehearsal
-from hydra.testing.card.subject import MISTAKES, Finding, Subject, call_layer, describe, run_layer
 
 N_COMPILED_TOKENS = 17
 N_MEMORY_TOKENS = 1024
@@ -33,7 +34,7 @@ def check_compilation(subject: Subject) -> tuple[list[Finding], str]:
         with _quietly():
             found = torch._dynamo.explain(_call(layer))(x_BTD.requires_grad_())
     except MISTAKES as error:
-        return [Finding("graph breaks", describe(error), N_COMPILED_TOKENS)], "not traced"
+        return [Finding("graph breaks", subject.describe(error), N_COMPILED_TOKENS)], "not traced"
     finally:
         torch._dynamo.reset()
     breaks = [
@@ -81,7 +82,7 @@ def describe_flops(subject: Subject) -> tuple[list[Finding], str]:
     try:
         counts = {n_tokens: count_flops(build, subject.d_model, n_tokens) for n_tokens in MEASURED_LENGTHS}
     except MISTAKES as error:
-        return [Finding("meta device", f"without memory, forward {describe(error)}")], "not counted"
+        return [Finding("meta device", f"without memory, forward {subject.describe(error)}")], "not counted"
     linear, quadratic = fit_quadratic(counts)
     worst = max(abs(linear * n + quadratic * n * n - count) / max(count, 1) for n, count in counts.items())
     fit = f"{linear:,.0f} T + {quadratic:,.1f} T^2, forward, fitted to T = {', '.join(map(str, counts))}"
@@ -100,7 +101,8 @@ def describe_memory(subject: Subject) -> tuple[list[Finding], str]:
             rehearsal.begin("forward")
             run_layer(layer, x_BTD).sum().backward()
     except MISTAKES as error:
-        return [Finding("meta device", f"without memory, forward and backward {describe(error)}")], "not measured"
+        what = f"without memory, forward and backward {subject.describe(error)}"
+        return [Finding("meta device", what)], "not measured"
     live = peak = 0
     changes = [(block.born_at, block.n_bytes) for block in rehearsal.blocks[n_before:]]
     changes += [(block.died_at, -block.n_bytes) for block in rehearsal.blocks[n_before:] if block.died_at is not None]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hydra.attention.base import AttentionBackend
-from hydra.testing.card.subject import MISTAKES, Finding, Subject, describe, find_smallest, run_layer
+from hydra.attention.checks.subject import Finding, Subject, find_smallest, run_layer
+from hydra.attention.code import MISTAKES
 
 MAX_BFLOAT16_RATIO = 8.0
 """How many times as far from float64 as gqa a layer in bfloat16 may be: three bits."""
@@ -101,7 +102,7 @@ def check_precision(subject: Subject, reference: Subject) -> tuple[list[Finding]
             if not error <= MAX_BFLOAT16_RATIO * theirs:
                 return [Finding("bfloat16", f"the error is {error / theirs:.1f} times gqa's", n_tokens)], rows[-1]
     except MISTAKES as error:
-        return [Finding("bfloat16", describe(error))], "does not run"
+        return [Finding("bfloat16", subject.describe(error))], "does not run"
     return [], rows[-1]
 
 
@@ -118,7 +119,7 @@ def check_scale(subject: Subject) -> tuple[list[Finding], str]:
         layer = base.build_random(torch.float32)
         longer = [(size_of(base, layer, n_tokens, 1.0), n_tokens) for n_tokens in (16, 128, 1024)]
     except MISTAKES as error:
-        return [Finding("scale", describe(error))], "does not run"
+        return [Finding("scale", subject.describe(error))], "does not run"
     row = ", ".join(f"{size:.3f} at T = {n_tokens}" for size, n_tokens in longer)
     for widths in OTHER_WIDTHS:
         shift = compare_turns(turns[BASE_WIDTHS], turns[widths], MIN_RANGE)

@@ -5,18 +5,9 @@ B batch, T tokens, D model width.
 
 import torch
 
+from hydra.attention.checks.subject import Finding, Subject, call_layer, find_smallest, run_layer
 from hydra.attention.custom import refuse_hidden_tensors
 from hydra.errors import ConfigError
-from hydra.testing.card.subject import (
-    LENGTHS,
-    Finding,
-    Subject,
-    call_layer,
-    describe,
-    find_smallest,
-    look_safely,
-    run_layer,
-)
 
 
 def check_lengths(subject: Subject) -> list[Finding]:
@@ -24,25 +15,16 @@ def check_lengths(subject: Subject) -> list[Finding]:
 
     Lengths that do not are left out of what follows.
     """
-
-    def look(n_tokens: int) -> str | None:
-        x_BTD = subject.inputs(2, n_tokens)
-        out_BTD = subject.run(x_BTD)
-        if out_BTD.shape != x_BTD.shape:
-            return f"gives {tuple(out_BTD.shape)} for {tuple(x_BTD.shape)}"
-        if out_BTD.dtype != x_BTD.dtype:
-            return f"gives {out_BTD.dtype} for {x_BTD.dtype}"
-        return None if out_BTD.isfinite().all() else "gives NaN or infinity"
-
-    with torch.no_grad():
-        first = find_smallest(subject, "lengths", look)
-        if not first:
-            return []
-        subject.broken |= {n_tokens for n_tokens in LENGTHS if look_safely(look, n_tokens)}
-    lengths = sorted(subject.broken)
+    lengths = [n_tokens for n_tokens in subject.lengths if subject.failure(n_tokens)]
+    if not lengths:
+        return []
+    last = max((n_tokens for n_tokens in subject.lengths if n_tokens < lengths[0]), default=0)
+    first = next(filter(None, map(subject.failure, range(last + 1, lengths[0] + 1))))
+    if len(lengths) == len(subject.lengths):
+        return [Finding(first.property, f"{first.what}, at every length", first.smallest_t)]
     also = f"; so does T = {', '.join(map(str, lengths[1:6]))}, ..." if len(lengths) > 1 else ""
     name = "T = 1" if lengths == [1] else "odd lengths" if all(n % 2 for n in lengths) else "lengths"
-    return [Finding(name, first[0].what + also, first[0].smallest_t)]
+    return [Finding(name, first.what + also, first.smallest_t)]
 
 
 def check_repeats(subject: Subject) -> list[Finding]:
@@ -59,7 +41,7 @@ def check_repeats(subject: Subject) -> list[Finding]:
         for n_batch, n_others in ((2, n_tokens), (1, n_tokens + 2)):
             fresh = subject.build_random()
             out_BTD = run_layer(fresh, x_BTD)
-            if n_others not in subject.broken:
+            if subject.failure(n_others) is None:
                 run_layer(fresh, subject.inputs(n_batch, n_others, seed=1))
             if not torch.equal(out_BTD, run_layer(fresh, x_BTD)):
                 return f"a call gives another result after one with {n_batch} rows of {n_others} other tokens"
@@ -88,5 +70,5 @@ def check_state_dict(subject: Subject) -> list[Finding]:
         try:
             same = torch.equal(run_layer(other, x_BTD), run_layer(layer, x_BTD))
         except RuntimeError as error:
-            return [Finding("state dict", f"built on the meta device and loaded, it {describe(error)}")]
+            return [Finding("state dict", f"built on the meta device and loaded, it {subject.describe(error)}")]
     return [] if same else [Finding("state dict", "built on the meta device and loaded, it computes something else")]

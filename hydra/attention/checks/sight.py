@@ -8,14 +8,16 @@ import itertools
 import torch
 from torch import Tensor
 
-from hydra.testing.card.subject import Finding, Subject, find_smallest
+from hydra.attention.checks.subject import Finding, Subject, find_smallest
 
 
 def check_causality(subject: Subject) -> list[Finding]:
     """Outputs before a token do not change with it, nor does a gradient of theirs reach it."""
+    return [*check_later_tokens(subject), *check_later_gradients(subject)]
 
-    def cuts(n_tokens: int) -> set[int]:
-        return {n_tokens - 1, n_tokens // 2, max(1, n_tokens // 2 - 1), 1}
+
+def check_later_tokens(subject: Subject) -> list[Finding]:
+    """Outputs before a token do not change with it."""
 
     def perturbed(n_tokens: int) -> str | None:
         x_BTD = subject.inputs(1, n_tokens)
@@ -30,6 +32,12 @@ def check_causality(subject: Subject) -> list[Finding]:
                     return f"outputs at {where} change when tokens from {cut} on do"
         return None
 
+    return find_smallest(subject, "causality by perturbation", perturbed, minimum=2)
+
+
+def check_later_gradients(subject: Subject) -> list[Finding]:
+    """No gradient of outputs before a token reaches it."""
+
     def by_gradient(n_tokens: int) -> str | None:
         x_BTD = subject.inputs(1, n_tokens).requires_grad_()
         for cut in sorted(cuts(n_tokens), reverse=True):
@@ -42,10 +50,12 @@ def check_causality(subject: Subject) -> list[Finding]:
                 return f"the gradient of outputs before {cut} reaches tokens {cut} + {where}"
         return None
 
-    return [
-        *find_smallest(subject, "causality by perturbation", perturbed, minimum=2),
-        *find_smallest(subject, "causality by gradient", by_gradient, minimum=2),
-    ]
+    return find_smallest(subject, "causality by gradient", by_gradient, minimum=2)
+
+
+def cuts(n_tokens: int) -> set[int]:
+    """Where a sequence is cut into earlier and later tokens."""
+    return {n_tokens - 1, n_tokens // 2, max(1, n_tokens // 2 - 1), 1}
 
 
 def check_prefixes(subject: Subject) -> list[Finding]:
@@ -54,7 +64,9 @@ def check_prefixes(subject: Subject) -> list[Finding]:
     def look(n_tokens: int) -> str | None:
         x_BTD = subject.inputs(1, n_tokens)
         out_BTD = subject.run(x_BTD)
-        for n_prefix in {n_tokens - 1, max(1, n_tokens // 2)} - subject.broken:
+        for n_prefix in {n_tokens - 1, max(1, n_tokens // 2)}:
+            if subject.failure(n_prefix):
+                continue
             prefix_BTD = subject.run(x_BTD[:, :n_prefix])
             if subject.differs(out_BTD[:, :n_prefix], prefix_BTD):
                 where = subject.places(out_BTD[0, :n_prefix], prefix_BTD[0])
@@ -67,6 +79,11 @@ def check_prefixes(subject: Subject) -> list[Finding]:
 
 def check_documents(subject: Subject) -> list[Finding]:
     """Packed documents do not reach each other, and each gives what it gives alone at the same positions."""
+    return check_other_documents(subject) or check_documents_alone(subject)
+
+
+def check_other_documents(subject: Subject) -> list[Finding]:
+    """Outputs of a packed document do not change with another."""
 
     def perturbed(n_tokens: int) -> str | None:
         x_BTD = subject.inputs(1, n_tokens)
@@ -83,12 +100,19 @@ def check_documents(subject: Subject) -> list[Finding]:
                         return f"of documents of {said(lengths)} tokens, another changes with number {document}"
         return None
 
+    with torch.no_grad():
+        return find_smallest(subject, "documents", perturbed, minimum=2)
+
+
+def check_documents_alone(subject: Subject) -> list[Finding]:
+    """A packed document gives what it gives alone at the same positions."""
+
     def alone(n_tokens: int) -> str | None:
         x_BTD = subject.inputs(1, n_tokens)
         for lengths in splits(n_tokens):
             out_BTD = subject.run(x_BTD, document_ids(*lengths))
             for begins, ends in bounds(lengths):
-                if ends - begins in subject.broken:
+                if subject.failure(ends - begins):
                     continue
                 alone_BTD = subject.run(x_BTD[:, begins:ends], positions_BT=torch.arange(begins, ends)[None])
                 if subject.differs(out_BTD[:, begins:ends], alone_BTD):
@@ -96,8 +120,7 @@ def check_documents(subject: Subject) -> list[Finding]:
         return None
 
     with torch.no_grad():
-        leaks = find_smallest(subject, "documents", perturbed, minimum=2)
-        return leaks or find_smallest(subject, "positions", alone, minimum=2)
+        return find_smallest(subject, "positions", alone, minimum=2)
 
 
 def splits(n_tokens: int) -> list[tuple[int, ...]]:
@@ -126,7 +149,7 @@ def check_padding(subject: Subject) -> list[Finding]:
             ids_BT = torch.cat([document_ids(0, n_tokens), document_ids(n_padding, n_tokens - n_padding)])
             out_BTD = subject.run(x_BTD, ids_BT)
             for row, begins in ((0, 0), (1, n_padding)):
-                if n_tokens - begins in subject.broken:
+                if subject.failure(n_tokens - begins):
                     continue
                 positions_BT = torch.arange(begins, n_tokens)[None]
                 alone_BTD = subject.run(x_BTD[row : row + 1, begins:], positions_BT=positions_BT)
@@ -163,6 +186,7 @@ def document_ids(*lengths: int) -> Tensor:
 
 def sees_order(subject: Subject, n_tokens: int = 9) -> tuple[bool, bool]:
     """Whether the last output depends on the order of the tokens before it, and on positions as numbers."""
+    n_tokens = subject.usable(n_tokens)
     x_BTD = subject.inputs(1, n_tokens)
     with torch.no_grad():
         last_BD = subject.run(x_BTD)[:, -1]

@@ -14,21 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra.attention import build_attention
 from hydra.attention.base import AttentionBackend
-from hydra.attention.code import CustomSpec
-from hydra.errors import HydraError
+from hydra.attention.code import MISTAKES, CustomSpec, describe_mistake
+from hydra.attention.custom import build_module
 
 CONSECUTIVE = range(1, 37)
 LENGTHS = (*CONSECUTIVE, 63, 64, 65, 127, 128, 129)
-"""Around what a class may cut its work into; the smallest T between two of them is searched for."""
+"""Around what a class may cut its work into."""
 CLOSE = 1e-9
 """Largest difference in float64, over the largest magnitude, that counts as rounding."""
 CLOSE_SINGLE = 1e-4
 """The same where the layer itself computes something in float32."""
-# What a class under test may raise: everything that is a mistake in code, and nothing that ends a process.
-MISTAKES = (
-    ArithmeticError, AssertionError, AttributeError, HydraError, LookupError, MemoryError, NameError, RuntimeError,
-    TypeError, ValueError,
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +49,30 @@ class Subject:
             backend.
         d_model, n_heads: of the layers.
         options: other than the defaults.
+        layer_index, n_layers: what a class is told of its place.
+        dtype: float64, or float32 for what is to be seen as it trains.
+        lengths: of sequences that are looked at, ascending; the smallest T between two of them is searched for.
     """
 
-    def __init__(self, attention: type | str, d_model: int, n_heads: int, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        attention: type | str,
+        d_model: int,
+        n_heads: int,
+        options: Mapping[str, Any],
+        *,
+        layer_index: int = 0,
+        n_layers: int = 1,
+        dtype: torch.dtype = torch.float64,
+        lengths: tuple[int, ...] = LENGTHS,
+    ) -> None:
         self.attention, self.d_model, self.n_heads, self.options = attention, d_model, n_heads, dict(options)
+        self.layer_index, self.n_layers, self.dtype, self.lengths = layer_index, n_layers, dtype, lengths
         self.name = attention if isinstance(attention, str) else attention.__qualname__
         self.layer: nn.Module | None = None
         self.is_stateful = False  # then every run gets a copy of its own, so that one mistake is not found as all
-        self.is_single = False  # computes something in float32 whatever it is given
-        self.broken: set[int] = set()  # lengths that do not run at all
+        self.is_single = dtype == torch.float32  # computes something in float32, perhaps whatever it is given
+        self._failures: dict[int, Finding | None] = {}
 
     @property
     def is_backend(self) -> bool:
@@ -80,14 +90,15 @@ class Subject:
         spec = CustomSpec(
             d_model=self.d_model,
             n_heads=self.n_heads,
+            layer_index=self.layer_index,
+            n_layers=self.n_layers,
             name=self.name,
             sha256="",
             option_items=tuple({**getattr(self.attention, "options", {}), **self.options}.items()),
         )
-        layer: nn.Module = self.attention(spec)
-        return layer
+        return build_module(self.attention, spec)
 
-    def build_random(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+    def build_random(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A layer none of whose parameters is at a special value.
 
         Matrices and kernels keep magnitudes; what __init__ gave to other parameters is moved a little.
@@ -105,12 +116,14 @@ class Subject:
                     parameter.copy_(noise * parameter[0].numel() ** -0.5)
                 else:
                     parameter.add_(0.1 * noise)
-        return layer.to(dtype).eval()
+        return layer.to(dtype or self.dtype).eval()
 
-    def inputs(self, n_batch: int, n_tokens: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    def inputs(self, n_batch: int, n_tokens: int, dtype: torch.dtype | None = None, seed: int = 0) -> Tensor:
         """Standard normal activations (B, T, D)."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(n_batch, n_tokens, self.d_model, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(n_batch, n_tokens, self.d_model, generator=generator, dtype=torch.float64).to(
+            dtype or self.dtype
+        )
 
     def run(
         self,
@@ -119,7 +132,7 @@ class Subject:
         positions_BT: Tensor | None = None,
         layer: nn.Module | None = None,
     ) -> Tensor:
-        """Outputs (B, T, D), from the float64 layer of this subject unless another is given."""
+        """Outputs (B, T, D), from the layer of this subject unless another is given."""
         if layer is None:
             self.layer = self.build_random() if self.layer is None else self.layer
             layer = copy.deepcopy(self.layer) if self.is_stateful else self.layer
@@ -132,9 +145,52 @@ class Subject:
             run_layer(layer, x_BTD)
         self.is_single = dtypes.has_single
 
+    def failure(self, n_tokens: int) -> Finding | None:
+        """Why outputs of this length mean nothing, whatever they are asked; None if they may."""
+        if n_tokens not in self._failures:
+            with torch.no_grad():
+                self._failures[n_tokens] = self._look_at_outputs(n_tokens)
+        return self._failures[n_tokens]
+
+    def failure_everywhere(self) -> Finding | None:
+        """The failure of the shortest sequence, if outputs mean nothing at any length."""
+        found = [self.failure(n_tokens) for n_tokens in self.lengths]
+        return found[0] if all(found) else None
+
+    def _look_at_outputs(self, n_tokens: int) -> Finding | None:
+        x_BTD = self.inputs(2, n_tokens)
+        try:
+            out_BTD = self.run(x_BTD)
+        except MISTAKES as error:
+            return Finding("forward", self.describe(error), n_tokens)
+        if not isinstance(out_BTD, Tensor):
+            return Finding("output", f"gives no tensor but a {type(out_BTD).__name__}", n_tokens)
+        if out_BTD.shape != x_BTD.shape:
+            what = f"gives {tuple(out_BTD.shape)} for {tuple(x_BTD.shape)}"
+            return Finding("output shape", what, n_tokens)
+        if out_BTD.dtype != x_BTD.dtype:
+            return Finding("output dtype", f"gives {out_BTD.dtype} for {x_BTD.dtype}", n_tokens)
+        if not out_BTD.isfinite().all():
+            return Finding("not finite", "gives NaN or infinity", n_tokens)
+        return None
+
+    def describe(self, error: BaseException) -> str:
+        """What was raised, in one line, with the line of the attention's own code."""
+        module = "hydra.attention.backends" if isinstance(self.attention, str) else self.attention.__module__
+        return describe_mistake(error, module)
+
+    def keeps_state(self) -> bool:
+        """Whether a call gives something else after another call, at the shortest length that runs."""
+        n_tokens = next(n_tokens for n_tokens in self.lengths if self.failure(n_tokens) is None)
+        x_BTD = self.inputs(1, n_tokens)
+        with torch.no_grad():
+            out_BTD = self.run(x_BTD)
+            self.run(self.inputs(1, n_tokens, seed=1))
+            return not torch.equal(out_BTD, self.run(x_BTD))
+
     def usable(self, n_tokens: int) -> int:
-        """n_tokens, or the next length that is not known to be broken."""
-        return next((n for n in range(n_tokens, n_tokens + 8) if n not in self.broken), n_tokens)
+        """n_tokens, or the next length that gives outputs."""
+        return next((n for n in range(n_tokens, n_tokens + 8) if self.failure(n) is None), n_tokens)
 
     def differs(self, actual: Tensor, expected: Tensor) -> bool:
         """Whether two tensors differ by more than rounding; NaN differs from everything."""
@@ -193,30 +249,26 @@ def find_smallest(
 ) -> list[Finding]:
     """The one finding of the shortest sequence on which `look` sees something; [] if there is none.
 
-    `look(n_tokens)` says what it saw, or None. What the class raises there is a finding as well.
+    `look(n_tokens)` says what it saw, or None. What the class raises there is a finding as well. Lengths whose outputs
+    mean nothing anyway are not looked at.
     """
+
+    def look_safely(n_tokens: int) -> str | None:
+        if subject.failure(n_tokens):
+            return None
+        try:
+            return look(n_tokens)
+        except MISTAKES as error:
+            return subject.describe(error)
+
     last = minimum - 1
-    for n_tokens in LENGTHS:
-        if not minimum <= n_tokens <= maximum or n_tokens in subject.broken:
+    for n_tokens in subject.lengths:
+        if not minimum <= n_tokens <= maximum or subject.failure(n_tokens):
             continue
-        if look_safely(look, n_tokens):
-            for shorter in sorted(set(range(last + 1, n_tokens + 1)) - subject.broken):
-                what = look_safely(look, shorter)
+        if look_safely(n_tokens):
+            for shorter in range(last + 1, n_tokens + 1):
+                what = look_safely(shorter)
                 if what:
                     return [Finding(property_name, what, shorter)]
         last = n_tokens
     return []
-
-
-def look_safely(look: Callable[[int], str | None], n_tokens: int) -> str | None:
-    """look(n_tokens), or what was raised there."""
-    try:
-        return look(n_tokens)
-    except MISTAKES as error:
-        return describe(error)
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"raises {type(error).__name__}: {lines[0][:160]}"
