@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from hydra.attention.checks.sight import check_later_tokens, check_other_documents
-from hydra.attention.checks.subject import Subject
+from hydra.attention.checks.subject import Subject, one_thread
 from hydra.attention.code import CustomSpec, load_class
 from hydra.attention.spec import AttentionSpec
 from hydra.errors import ConfigError
@@ -43,7 +43,7 @@ def check_before_training(specs: Iterable[AttentionSpec], context_length: int) -
 def find_problem(spec: CustomSpec, context_length: int) -> str | None:
     """What keeps a layer from being trained, in words; None if nothing was found."""
     lengths = tuple(n_tokens for n_tokens in SHORT_LENGTHS if n_tokens <= context_length)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_thread():
         try:
             subject = _build_subject(spec, lengths)
         except ConfigError as error:
@@ -53,11 +53,13 @@ def find_problem(spec: CustomSpec, context_length: int) -> str | None:
             # Some classes take whole blocks of tokens only, of which a row of the run may have a right number.
             subject.lengths = (context_length,)
             if subject.failure_everywhere():
-                return f"an attention class must give finite outputs (B, T, D), but of {spec.name}, {failure}"
+                return f"an attention class must give finite outputs of shape (B, T, D), but of {spec.name}, {failure}"
         subject.is_stateful = subject.keeps_state()
-        for seen, check in (("later tokens", check_later_tokens), ("other documents", check_other_documents)):
-            for finding in check(subject):
-                return f"an attention class must not see {seen}, but of {spec.name}, {finding}"
+        seen = check_later_tokens(subject) or check_other_documents(subject)
+        if seen:
+            return (
+                f"an attention class must see neither later tokens nor other documents, but of {spec.name}, {seen[0]}"
+            )
     return None
 
 

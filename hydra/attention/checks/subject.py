@@ -3,9 +3,11 @@
 B batch, T tokens, D model width.
 """
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -35,6 +37,11 @@ class Finding:
     """What was seen, where."""
     smallest_t: int | None = None
     """The shortest sequence on which it was seen; None where length does not matter."""
+
+    def brief(self) -> str:
+        """What was seen, without the message and the text of the line of what was raised."""
+        raised = re.fullmatch(r"(raises \w+): .*?(, at \S+)?( `.*`)?", self.what)
+        return f"{raised[1]}{raised[2] or ''}" if raised else self.what
 
     def __str__(self) -> str:
         at = "" if self.smallest_t is None else f" (smallest T = {self.smallest_t})"
@@ -228,6 +235,17 @@ def call_layer(
     return cast("Tensor", layer(x_BTD, positions_BT, document_ids_BT))
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Layers are so small here that threads would wait for each other most of the time."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 class _Dtypes(TorchDispatchMode):
     """Notes whether a float32 tensor of some size is made."""
 
@@ -245,7 +263,7 @@ def find_smallest(
     property_name: str,
     look: Callable[[int], str | None],
     minimum: int = 1,
-    maximum: int = LENGTHS[-1],
+    maximum: int | None = None,
 ) -> list[Finding]:
     """The one finding of the shortest sequence on which `look` sees something; [] if there is none.
 
@@ -263,7 +281,8 @@ def find_smallest(
 
     last = minimum - 1
     for n_tokens in subject.lengths:
-        if not minimum <= n_tokens <= maximum or subject.failure(n_tokens):
+        is_asked = minimum <= n_tokens and (maximum is None or n_tokens <= maximum)
+        if not is_asked or subject.failure(n_tokens):
             continue
         if look_safely(n_tokens):
             for shorter in range(last + 1, n_tokens + 1):

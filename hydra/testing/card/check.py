@@ -1,16 +1,15 @@
 """check_attention: everything that an attention class must do, looked at, on one card."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hydra.attention.checks import sight
-from hydra.attention.checks.subject import Finding, Subject
+from hydra.attention.checks.subject import Finding, Subject, one_thread
 from hydra.attention.code import MISTAKES, load_class, read_code, split_name
 from hydra.attention.spec import check_known
 from hydra.testing.card import costs, numbers, state
@@ -104,16 +103,16 @@ def check_attention(
         # One mistake in forward may end several checks; it is one finding.
         fresh = [finding for finding in found if finding.what not in {known.what for known in findings}]
         if found:
-            text = f"FAILS: {'; '.join(map(str, fresh[:2]))}" if fresh else f"not run: {found[0].what}"
+            text = f"FAILS: {'; '.join(map(str, fresh[:2]))}" if fresh else f"not run: {found[0].brief()}, as above"
         rows.append((name, text))
         findings.extend(fresh)
 
-    with torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread():
         subject.build()
         note(LENGTHS_ROW, _safely(state.check_lengths, subject))
         nowhere = subject.failure_everywhere()
         if nowhere:
-            rows += [(name, f"not run: forward {nowhere.what}") for name in (*dict(PROPERTIES), *FIGURES)]
+            rows += [(name, f"not run: forward {nowhere.brief()}") for name in (*dict(PROPERTIES), *FIGURES)]
         else:
             somewhere = "holds, at lengths that run" if findings else "holds"
             for name, check in PROPERTIES:
@@ -122,17 +121,6 @@ def check_attention(
                 note(name, *measure(subject))
         rows.append(("cache", costs.describe_cache(subject)))
     return AttentionCard(subject.name, tuple(rows), tuple(findings), time.perf_counter() - began)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Layers are so small here that threads would wait for each other most of the time."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 def _find(attention: type | str) -> type | str:

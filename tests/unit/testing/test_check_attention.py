@@ -41,7 +41,7 @@ MISTAKES = {
     "AsksForANumber": ("graph breaks", None),
     "SqueezesOneToken": ("T = 1", 1),
     "PairsTokens": ("odd lengths", 1),
-    "DoesNotSeeItself": ("lengths", 1),
+    "DoesNotSeeItself": ("not finite", 1),
 }
 
 
