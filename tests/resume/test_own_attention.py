@@ -13,6 +13,7 @@ import pytest
 from hydra.errors import ConfigError, RunError
 from hydra.model.framework import build_model
 from hydra.runtime import Run
+from hydra.runtime.environment import record_checked_code
 from scripts.config import TrainingConfig
 from scripts.launch import write_config_once
 
@@ -115,9 +116,94 @@ def test_a_config_reads_its_own_code_back_without_the_file(
     changed = TrainingConfig.preset(
         "tiny", **{name: value for name, (_, value) in config.differences().items() if name != "attention_code"}
     )
-    with pytest.raises(RunError, match=r"attention_code: .*sha256.* there, .*sha256.* asked for"):
+    with pytest.raises(RunError) as refused:
         write_config_once(changed, tmp_path / "run")
+    assert (
+        f"{own}/sigmoid.py has changed since the run began; its copy in {tmp_path}/run/code is what the run goes on "
+        f"with: python -m scripts.trainer {tmp_path}/run\n"
+    ) in str(refused.value)
+    assert "sha256" not in str(refused.value)
+    assert "convolution.py has changed" not in str(refused.value)
+    assert f"give another run_dir, such as {tmp_path}/run-2" in str(refused.value)
     stored = {**json.loads(text), "attention_code": {}}
     with pytest.raises(ConfigError, match="must hold the SHA-256 and options"):
         TrainingConfig.from_json(json.dumps(stored))
     assert "attention_code" not in " ".join(config.papermill_arguments())
+
+
+MINE = """import torch
+from torch import nn
+
+class Mine(nn.Module):
+    def __init__(self, spec):
+        super().__init__()
+        self.proj = nn.Linear(spec.d_model, spec.d_model)
+
+    def forward(self, x, places, ids):
+        BODY
+"""
+
+
+def refuse(
+    body: str, tmp_path: Path, shared_data_dir: Path, corpus_dir: Path, start_trainer: StartTrainer
+) -> tuple[Path, str]:
+    """Directory and last words of a run of a class with that forward, which fails."""
+    path = tmp_path / "mine.py"
+    path.write_text(MINE.replace("BODY", body))
+    run_dir = tmp_path / "run"
+    fields = {"data_dir": str(shared_data_dir), "corpus": str(corpus_dir), "threads": 1}
+    write_config_once(TrainingConfig.preset("tiny", attention=f"gqa, {path}:Mine", **fields), run_dir)
+    process = start_trainer(run_dir)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert Run.open(run_dir).status().step == 0
+    return run_dir, str(Run.open(run_dir).status().message)
+
+
+def test_a_class_that_sees_the_future_is_not_trained(
+    tmp_path: Path, shared_data_dir: Path, corpus_dir: Path, start_trainer: StartTrainer
+) -> None:
+    run_dir, message = refuse("return self.proj(x.roll(-1, 1))", tmp_path, shared_data_dir, corpus_dir, start_trainer)
+    assert "causality by perturbation: outputs at 0 change when tokens from 1 on do (smallest T = 2)" in message
+    assert message.endswith(f"python -m hydra.testing {tmp_path}/mine.py:Mine")
+    assert Run.open(run_dir).status().stage == "checking attention classes"
+    assert "checked_code" not in json.loads((run_dir / "environment.json").read_text())
+    assert not (run_dir / "data.json").exists()  # before anything that takes time
+
+
+def test_what_fails_at_the_runs_own_length_is_named_with_its_line(
+    tmp_path: Path, shared_data_dir: Path, corpus_dir: Path, start_trainer: StartTrainer
+) -> None:
+    body = "return self.proj(x) * [1][x.shape[1] // 32]"
+    _, message = refuse(body, tmp_path, shared_data_dir, corpus_dir, start_trainer)
+    assert "IndexError" in message
+    assert f"at mine.py:10 `{body}` (look: python -m hydra.testing path.py:Class)" in message
+
+
+def test_no_rate_is_blamed_for_the_first_step(
+    tmp_path: Path, shared_data_dir: Path, corpus_dir: Path, start_trainer: StartTrainer
+) -> None:
+    body = "return self.proj(x) * (torch.nan if x.shape[1] == 32 else 1)"
+    run_dir, message = refuse(body, tmp_path, shared_data_dir, corpus_dir, start_trainer)
+    assert "in step 1; the weights have not moved. No learning rate has acted yet" in message
+    assert "python -m hydra.testing path.py:Class" in message
+    assert "Lower" not in message
+    # What was checked once is not checked again, by hash; nor is it lost with the next session.
+    environment = json.loads((run_dir / "environment.json").read_text())
+    record = json.loads((run_dir / "config.json").read_text())["attention_code"][f"{tmp_path}/mine.py"]
+    assert environment["checked_code"] == {f"{tmp_path}/mine.py": record["sha256"]}
+    assert environment["resolved"]["threads"] == 1
+
+
+def test_a_run_that_was_checked_is_not_checked_again(
+    tmp_path: Path, shared_data_dir: Path, corpus_dir: Path, start_trainer: StartTrainer
+) -> None:
+    path, run_dir = tmp_path / "mine.py", tmp_path / "run"
+    path.write_text(MINE.replace("BODY", "return self.proj(x.roll(-1, 1))"))
+    fields = {"data_dir": str(shared_data_dir), "corpus": str(corpus_dir), "threads": 1, "max_steps": 2}
+    config = TrainingConfig.preset("tiny", attention=f"{path}:Mine", **fields)
+    write_config_once(config, run_dir)
+    record_checked_code(run_dir, {str(path): config.attention_code[str(path)]["sha256"]})
+    process = start_trainer(run_dir)
+    assert process.wait(timeout=120) == 0, process.communicate()
+    assert len(json.loads((run_dir / "environment.json").read_text())["checked_code"]) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hydra.attention import build_attention, check_options, plan_layers, record_plan_code
 from hydra.attention.code import load_class, load_copies, read_code, record_code, split_name, write_copies
@@ -77,6 +78,7 @@ def test_reading_needs_no_torch() -> None:
         (SOURCE.replace("def __init__(self, spec)", "def __init__(self, spec, *, more)"), "line 7 .*more"),
         (SOURCE.replace("def forward", "def fast_forward"), "Mine has no forward; add it"),
         (SOURCE.replace("x_BTD, positions_BT, document_ids_BT)", "x_BTD)"), r"line 12 .*forward\(self, x_BTD\)"),
+        (SOURCE.replace("positions_BT, document_ids_BT", "document_ids_BT, positions_BT"), r"line 12 .*; correct it"),
         (SOURCE.replace("64", "[64]"), "must be a mapping of names to a number.*line 5"),
         (SOURCE.replace("64", "2 ** WIDTH"), "must be a mapping of names to a number.*line 5"),
     ],
@@ -87,6 +89,23 @@ def test_what_is_no_attention_class_is_refused(tmp_path: Path, source: str | Non
         (tmp_path / "mine.py").unlink()
     with pytest.raises(ConfigError, match=message):
         record_code([name], {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["x, p, d", "x, p, d, scale=1.0", "x_BTD, document_positions, packs, *, y=1", "x, p, /, d"]
+)
+def test_arguments_have_any_names(tmp_path: Path, arguments: str) -> None:
+    source = SOURCE.replace("x_BTD, positions_BT, document_ids_BT", arguments).replace("proj(x_BTD)", "proj(x_BTD)")
+    source = source.replace("(x_BTD)", f"({arguments.split(',')[0]} + 0 * {arguments.split(', ')[1]}[..., None])")
+    source = source.replace("def __init__(self, spec)", "def __init__(self, told)").replace("spec.", "told.")
+    layer = build_attention(write(tmp_path, source), d_model=32, n_heads=4)
+    assert layer(torch.ones(2, 3, 32), document_ids_BT=torch.ones(2, 3, dtype=torch.int64)).shape == (2, 3, 32)
+
+
+def test_a_file_that_raises_is_named_with_its_line(tmp_path: Path) -> None:
+    name = write(tmp_path, f"{SOURCE}\nwidth = 1 / 0\n")
+    with pytest.raises(ConfigError, match=r"must run when it is imported, .*, at mine.py:15 `width = 1 / 0`; correct"):
+        build_attention(name, d_model=32, n_heads=4)
 
 
 def test_a_base_in_the_same_file_counts(tmp_path: Path) -> None:

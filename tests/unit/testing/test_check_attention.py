@@ -12,6 +12,7 @@ from hydra.testing import check_attention
 
 ROOT = Path(__file__).parents[3]
 PLANTED = Path(__file__).with_name("planted.py")
+BROKEN = Path(__file__).with_name("broken.py")
 EXAMPLES = ROOT / "notebooks" / "examples" / "attention_classes"
 # Class of planted.py: the property that does not hold, and the smallest T at which it is seen.
 MISTAKES = {
@@ -64,6 +65,56 @@ def test_every_planted_class_is_looked_at() -> None:
     assert classes == {*MISTAKES, "Right", "ComputesInSinglePrecision"}
 
 
+def place_in_broken(name: str) -> str:
+    """File, line and text of what raises in a class of broken.py."""
+    numbered = enumerate(BROKEN.read_text().splitlines(), start=1)
+    (found,) = [(number, text.strip()) for number, text in numbered if text.endswith(f"# here: {name}")]
+    return f"broken.py:{found[0]} `{found[1]}`"
+
+
+@pytest.mark.parametrize(
+    ("name", "property_name", "what"),
+    [
+        ("Raises", "forward", f"raises ZeroDivisionError: division by zero, at {place_in_broken('Raises')}"),
+        ("GivesNaN", "not finite", "gives NaN or infinity"),
+        ("IsTooNarrow", "output shape", "gives (2, 1, 31) for (2, 1, 32)"),
+        ("GivesATuple", "output", "gives no tensor but a tuple"),
+        ("WidensNumbers", "output dtype", "gives torch.complex64 for torch.float64"),
+    ],
+)
+def test_what_means_nothing_does_not_hold(name: str, property_name: str, what: str) -> None:
+    card = check_attention(f"{BROKEN}:{name}")
+    assert not card.ok
+    assert [(finding.property, finding.what) for finding in card.findings] == [
+        (property_name, f"{what}, at every length")
+    ]
+    rows = dict(card.rows)
+    first, others = rows.pop("T = 1, odd and other lengths"), rows
+    assert first.startswith(f"FAILS: {property_name}: {what}, at every length")
+    assert others.pop("cache")
+    if name == "Raises":
+        what = f"raises ZeroDivisionError, at {place_in_broken(name).split(' ')[0]}"
+    assert others.keys() >= {"causality", "documents", "gradcheck in float64", "graph", "FLOPs", "order and positions"}
+    assert set(others.values()) == {f"not run: forward {what}"}
+    assert str(card).count(" `return 1 / number") == (2 if name == "Raises" else 0)  # its row, and the list
+
+
+def test_lengths_that_do_not_run_are_said_to_be_left_out() -> None:
+    rows = dict(check_attention(f"{PLANTED}:PairsTokens").rows)
+    assert rows["causality"] == "holds, at lengths that run"
+    assert dict(check_attention(f"{PLANTED}:Right").rows)["causality"] == "holds"
+
+
+def test_one_mistake_is_one_finding() -> None:
+    """The same line that raises in several checks."""
+    card = check_attention(f"{BROKEN}:RaisesAtDocuments")
+    place = place_in_broken("RaisesAtDocuments")
+    assert f"documents: raises KeyError: 7, at {place}" in str(card.findings[0])
+    whats = [finding.what for finding in card.findings]
+    assert len(whats) == len(set(whats))
+    assert dict(card.rows)["left padding"] == f"not run: raises KeyError, at {place.split(' ')[0]}, as above"
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -105,3 +156,10 @@ def test_the_command_prints_the_card() -> None:
     done = run(f"{PLANTED}:Nobody")
     assert (done.returncode, done.stdout) == (2, "")
     assert "class of planted.py must be one of Right" in done.stderr
+    done = run(f"{BROKEN}:CannotBeBuilt")
+    assert (done.returncode, done.stdout) == (2, "")
+    place = place_in_broken("CannotBeBuilt")
+    assert done.stderr == (
+        "a layer must be built from its spec, but CannotBeBuilt(spec) raises AttributeError: 'CustomSpec' object has "
+        f"no attribute 'd_modl', at {place}; correct it\n"
+    )
