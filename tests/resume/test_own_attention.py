@@ -14,6 +14,7 @@ from hydra.errors import ConfigError, RunError
 from hydra.model.framework import build_model
 from hydra.runtime import Run
 from hydra.runtime.environment import record_checked_code
+from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
 from scripts.launch import write_config_once
 
@@ -207,3 +208,16 @@ def test_a_run_that_was_checked_is_not_checked_again(
     process = start_trainer(run_dir)
     assert process.wait(timeout=120) == 0, process.communicate()
     assert len(json.loads((run_dir / "environment.json").read_text())["checked_code"]) == 1
+
+
+def test_no_arm_of_a_comparison_sees_the_future(tmp_path: Path, shared_data_dir: Path, corpus_dir: Path) -> None:
+    path, run_dir = tmp_path / "mine.py", tmp_path / "comparison"
+    path.write_text(MINE.replace("BODY", "return self.proj(x.roll(-1, 1))"))
+    fields = {"preset": "tiny", "data_dir": str(shared_data_dir), "corpus": str(corpus_dir), "threads": 1}
+    config = ComparisonConfig.from_parameters({"baseline": "gqa", "arms": [f"{path}:Mine"], **fields})
+    write_config_once(config, run_dir)
+    command = [sys.executable, "-m", "scripts.compare", str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert f"of {path}:Mine, causality by perturbation" in Run.open(run_dir).status().message
+    assert not (run_dir / "runs").exists()
