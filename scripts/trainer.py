@@ -48,14 +48,10 @@ from hydra.optim import (
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.checkpoint import Checkpoint, load_checkpoint, newest_whole, save_checkpoint
 from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
-<<<<<<< HEAD
 from hydra.runtime.copies import copied
 from hydra.runtime.disk import is_disk_full, require_room
-from hydra.runtime.environment import record_changes
+from hydra.runtime.environment import is_code_checked, record_changes, record_checked_code
 from hydra.runtime.guard import SpikeGuard
-=======
-from hydra.runtime.environment import is_code_checked, record_checked_code
->>>>>>> 8d38547 (Classes of one's own are checked before they train; the card says what was not run, and where a class raised)
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import log_to_standard_error, logging_to
 from hydra.runtime.memory import MemoryPlan, read_memory
@@ -76,7 +72,6 @@ from scripts.launch import launch, write_config_once
 __all__ = ["RunResult", "StepResult", "Trainer", "launch"]
 
 logger = logging.getLogger(__name__)
-<<<<<<< HEAD
 T = TypeVar("T")
 CAUSES = {
     NotFiniteError: "not finite",
@@ -88,9 +83,7 @@ CAUSES = {
     DiskFullError: "disk full",
 }
 """How the ledger calls the errors that end a run; others go by their own names."""
-=======
 CARD = "python -m hydra.testing path.py:Class"
->>>>>>> 8d38547 (Classes of one's own are checked before they train; the card says what was not run, and where a class raised)
 COMPILE_CACHE = "compiled"  # under data_dir, shared by runs
 MAX_ROLLBACKS = 3
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_RESUMABLE = 0, 1, 2, 75
@@ -241,14 +234,10 @@ class Trainer:
             self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=str(error))
             raise
         except BaseException as error:
-<<<<<<< HEAD
             cause = "disk full" if isinstance(error, OSError) and is_disk_full(error) else "error"
-            self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=repr(error))
-=======
             place = place_of(error)
             message = repr(error) if place is None else f"{error!r}, at {place} (look: {CARD})"
-            self.ledger.finish("failed", stage=self.ledger.state.stage, cause="error", message=message)
->>>>>>> 8d38547 (Classes of one's own are checked before they train; the card says what was not run, and where a class raised)
+            self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=message)
             raise
 
     def _take_steps(self) -> None:
@@ -329,16 +318,6 @@ class Trainer:
     def update_weights(self, loss_nats: float) -> StepResult:
         """Clip the gradient, step every optimizer with it unless the guard finds something, and drop it."""
         grad_norm = float(nn.utils.clip_grad_norm_(self.masters.named.values(), self.config.max_gradient_norm))
-<<<<<<< HEAD
-=======
-        if not (math.isfinite(loss_nats) and math.isfinite(grad_norm)):
-            rates = "learning_rate" if self.config.optimizer == "adamw" else "muon_learning_rate and learning_rate"
-            raise NotFiniteError(
-                f"loss and gradient norm must be finite, but got {loss_nats=} and {grad_norm=} in step "
-                f"{self.step + 1}; the weights have not moved. "
-                + (f"Lower {rates}, or raise warmup_steps" if self.step else self._advise_in_first_step())
-            )
->>>>>>> 8d38547 (Classes of one's own are checked before they train; the card says what was not run, and where a class raised)
         share_of_peak = self._schedule(self.step)
         skipped = self.guard.finds(loss_nats, grad_norm)
         if skipped is None:
@@ -366,17 +345,20 @@ class Trainer:
         if not is_finite:
             self._require_finite_weights()
         if not self.guard.may_skip(number, config.max_skipped_steps):
-            rates = "learning_rate" if config.optimizer == "adamw" else "muon_learning_rate and learning_rate"
+            is_first = number == len(self.guard.skipped_steps) + 1
             message = (
                 f"loss and gradient norm must be finite and not far beyond what is usual, but in step {number} "
                 f"{reason} (rows {rows} of the train stream), and {len(self.guard.skipped_steps)} steps were skipped "
-                f"before; the weights have not moved. Lower {rates}, or raise warmup_steps (max_skipped_steps, if it "
-                "was chance)"
+                f"before; the weights have not moved. {self._advise_in_first_step() if is_first else self._advise()}"
             )
             raise SpikeError(message) if is_finite else NotFiniteError(message)
         self.guard.skipped_steps.append(number)
         logger.warning("step %d is skipped: %s; it was computed from rows %s of the train stream", number, reason, rows)
         append_record(self.run_dir / paths.SKIPPED, {"step": number, "reason": reason, "rows": rows})
+
+    def _advise(self) -> str:
+        rates = "learning_rate" if self.config.optimizer == "adamw" else "muon_learning_rate and learning_rate"
+        return f"Lower {rates}, or raise warmup_steps (max_skipped_steps, if it was chance)"
 
     # ---------------------------------------------------------------- once in a while
 
@@ -623,12 +605,11 @@ class Trainer:
         self._step_at_last_log, self._time_at_last_log = self.step, time.perf_counter()
         self.model.train()
 
-<<<<<<< HEAD
     def _checkpoint_bytes(self) -> int:
         """At most: weights, also those of fewer bits, which are not written, and the optimizer's state."""
         prediction = self.plan.prediction
         return prediction.parameters + prediction.optimizer + prediction.on_host
-=======
+
     def _check_own_classes(self) -> None:
         """Once in a run: attention classes of one's own see neither later tokens nor other documents; ConfigError."""
         hashes = {path: record["sha256"] for path, record in self.config.attention_code.items()}
@@ -644,7 +625,6 @@ class Trainer:
         if self.config.attention_code:
             return f"No learning rate has acted yet: see whether the attention class is finite, {CARD}"
         return "No learning rate has acted yet: these are the first weights; try dtype=float32"
->>>>>>> 8d38547 (Classes of one's own are checked before they train; the card says what was not run, and where a class raised)
 
     def _plan_memory(self, choices: Choices) -> Choices:
         """Choose micro-batch and checkpointing so that a step fits the memory, in the run's first session for good.
