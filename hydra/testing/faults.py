@@ -1,0 +1,405 @@
+"""Faults that have names: what a machine or a run may do to a trainer, done to one that a test started.
+
+    python -m hydra.testing.faults FAULTS.json scripts.trainer RUN_DIR
+
+FAULTS.json holds a list of `{"fault": NAME, ARGUMENT: ...}`. Each puts itself in place of functions of the product, in
+this process alone; then the module's `main` runs. Nothing in the product knows of faults, and no variable or flag
+reaches it. Steps are counted from 1, as they are in metrics.jsonl.
+"""
+
+import builtins
+import errno
+import functools
+import importlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hydra.model.framework.model import ModelOutput
+
+KILLED = 137
+"""Exit status of a process that ends itself without another word, as if by SIGKILL."""
+WRITING = "wxa+"
+
+
+@dataclass
+class Place:
+    """Where training stands: the step that is being computed, and its forward passes so far."""
+
+    step: int = 0
+    n_passes: int = 0
+
+
+# -------------------------------------------------------------------- numbers
+
+
+def bad_loss(step: int, factor: float = 1.0, added: float = 0.0, micro_batch: int | None = None) -> None:
+    """The loss of step `step`, or of one of its micro-batches (from 0), becomes loss x factor + added.
+
+    What is added has no gradient: NaN added leaves a finite one.
+    """
+
+    def change(place: Place, model: object, output: "ModelOutput") -> "ModelOutput":
+        if place.step != step or micro_batch not in (None, place.n_passes - 1):
+            return output
+        return output._replace(losses={name: loss * factor + added for name, loss in output.losses.items()})
+
+    _after_passes(change)
+
+
+def bad_gradient(step: int, value: float) -> None:
+    """One element of the gradient of step `step` becomes `value`; the loss knows nothing of it."""
+    import torch
+
+    place, clip = _follow_steps(), torch.nn.utils.clip_grad_norm_
+
+    def changed(parameters: Any, *args: Any, **named: Any) -> "Tensor":
+        parameters = list(parameters)
+        if place.step == step:
+            parameters[-1].grad.view(-1)[0] = value
+        return clip(parameters, *args, **named)
+
+    torch.nn.utils.clip_grad_norm_ = changed
+
+
+def bad_weight(step: int, value: float, name: str = "", index: int = 0) -> None:
+    """Element `index` of a parameter (the last, or that called `name`) becomes `value` at the start of step `step`, once.
+
+    That is memory that was damaged: the step repeated finds it whole.
+    """
+    import torch
+
+    is_due = True
+
+    @torch.no_grad()
+    def change(place: Place, model: Any) -> None:
+        nonlocal is_due
+        if place.step == step and is_due:
+            is_due = False
+            parameters = dict(model.named_parameters())
+            parameters[name or list(parameters)[-1]].view(-1)[index] = value
+
+    _before_passes(change)
+
+
+def noise() -> None:
+    """Every training loss is multiplied by what Python's, numpy's and torch's generators draw, as dropout would do."""
+
+    def change(place: Place, model: object, output: "ModelOutput") -> "ModelOutput":
+        import numpy as np
+        import torch
+
+        drawn = random.gauss(0.0, 1.0) + float(np.random.normal()) + float(torch.rand(()))  # noqa: NPY002
+        return output._replace(losses={name: loss * (1.0 + 0.01 * drawn) for name, loss in output.losses.items()})
+
+    _after_passes(change)
+
+
+# -------------------------------------------------------------------- memory
+
+
+def no_memory(
+    step: int,
+    place: Literal["forward", "optimizer", "evaluation"],
+    kind: Literal["Python", "CPU", "GPU"] = "GPU",
+    times: int = 1,
+) -> None:
+    """Memory is refused `times` times at step `step`: to its second forward pass, after its optimizers have moved the
+    weights, or to the evaluation after it; as Python's, torch's CPU or torch's GPU allocator refuse it.
+    """
+    left = times
+    at = _follow_steps()
+
+    def refuse() -> None:
+        import torch
+
+        nonlocal left
+        if left == 0 or at.step != step:
+            return
+        left -= 1
+        if kind == "Python":
+            raise MemoryError
+        if kind == "CPU":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 bytes")
+
+    if place == "optimizer":
+        _after_optimizers(refuse)
+        return
+
+    def before(passes: Place, model: Any) -> None:
+        if place == "evaluation" and not model.training:
+            refuse()
+        if place == "forward" and model.training and passes.n_passes == 2:
+            refuse()
+
+    _before_passes(before, in_evaluation=True)
+
+
+# -------------------------------------------------------------------- the disk
+
+
+def crash_in_save(save: int, call: int) -> None:
+    """End the process before file-system call `call` (from 1) of the `save`-th checkpoint that it writes."""
+    _at_call_of_save(save, call, lambda: os._exit(KILLED))
+
+
+def full_disk_in_save(save: int, call: int) -> None:
+    """File-system call `call` (from 1) of the `save`-th checkpoint fails, and so do all writes after it in that save."""
+
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _at_call_of_save(save, call, refuse)
+
+
+def file_size_limit(n_bytes: int) -> None:
+    """The system refuses to let any file of this process grow beyond `n_bytes`, as a full disk does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+
+
+def small_disk(n_bytes: int) -> None:
+    """The disk is said to have `n_bytes` left."""
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: usage(path)._replace(free=n_bytes)  # type: ignore[assignment]
+
+
+# -------------------------------------------------------------------- the process and its clock
+
+
+def kill(step: int) -> None:
+    """SIGKILL at the start of step `step`."""
+
+    def end(place: Place) -> None:
+        if place.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _follow_steps(end)
+
+
+def clock_jump(step: int, seconds: float) -> None:
+    """From step `step` on the clock of the wall shows `seconds` more (or less); the monotonic one goes on."""
+    place, clock = _follow_steps(), time.time
+    time.time = lambda: clock() + (seconds if place.step >= step else 0.0)
+
+
+FAULTS: dict[str, Callable[..., None]] = {
+    fault.__name__: fault
+    for fault in (
+        bad_loss,
+        bad_gradient,
+        bad_weight,
+        noise,
+        no_memory,
+        crash_in_save,
+        full_disk_in_save,
+        file_size_limit,
+        small_disk,
+        kill,
+        clock_jump,
+    )
+}
+
+
+# -------------------------------------------------------------------- where they are put in
+
+
+def _follow_steps(call: Callable[[Place], None] = lambda place: None) -> Place:
+    """A place that follows the trainer's steps; `call` gets it at the start of each."""
+    from hydra.data.loader import Dataset
+
+    place, train_batch = Place(), Dataset.train_batch
+
+    @functools.wraps(train_batch)
+    def followed(self: Dataset, step: int, **named: int) -> Any:
+        place.step, place.n_passes = step + 1, 0
+        call(place)
+        return train_batch(self, step, **named)
+
+    Dataset.train_batch = followed  # type: ignore[method-assign]
+    return place
+
+
+def _before_passes(call: Callable[[Place, Any], None], *, in_evaluation: bool = False) -> None:
+    from hydra.model.framework.model import HydraModel
+
+    place, forward = _follow_steps(), HydraModel.forward
+
+    @functools.wraps(forward)
+    def changed(self: HydraModel, *args: Any, **named: Any) -> "ModelOutput":
+        place.n_passes += self.training
+        if self.training or in_evaluation:
+            call(place, self)
+        return forward(self, *args, **named)
+
+    HydraModel.forward = changed  # type: ignore[method-assign]
+
+
+def _after_passes(call: Callable[[Place, object, "ModelOutput"], "ModelOutput"]) -> None:
+    """Change what the model returns in training."""
+    from hydra.model.framework.model import HydraModel
+
+    place, forward = _follow_steps(), HydraModel.forward
+
+    @functools.wraps(forward)
+    def changed(self: HydraModel, *args: Any, **named: Any) -> "ModelOutput":
+        output = forward(self, *args, **named)
+        if not self.training:
+            return output
+        place.n_passes += 1
+        return call(place, self, output)
+
+    HydraModel.forward = changed  # type: ignore[method-assign]
+
+
+def _after_optimizers(call: Callable[[], None]) -> None:
+    from hydra import optim
+
+    build = optim.build_optimizers
+
+    def stepped(real: Callable[[], None]) -> None:
+        real()
+        call()
+
+    @functools.wraps(build)
+    def built(*args: Any, **named: Any) -> Any:
+        optimizers = build(*args, **named)
+        for optimizer in optimizers:
+            optimizer.step = functools.partial(stepped, optimizer.step)
+        return optimizers
+
+    optim.build_optimizers = built
+
+
+def _at_call_of_save(save: int, call: int, do: Callable[[], None]) -> None:
+    """Do it before call `call` of the `save`-th checkpoint, and from there on before each write of that one."""
+    from hydra.runtime import checkpoint
+
+    n_saves, n_calls, owner = 0, 0, threading.get_ident()
+    is_saving = False
+
+    def before(name: str) -> None:
+        nonlocal n_calls
+        # The ledger's heartbeat and TensorBoard write from threads of their own.
+        if not is_saving or threading.get_ident() != owner:
+            return
+        n_calls += 1
+        if n_calls == call or (n_calls > call and name == "write"):
+            do()
+
+    real = checkpoint.save_checkpoint
+
+    @functools.wraps(real)
+    def counted(*args: Any, **named: Any) -> Path:
+        nonlocal n_saves, n_calls, is_saving
+        n_saves += 1
+        is_saving, n_calls = n_saves == save, 0
+        try:
+            return real(*args, **named)
+        finally:
+            is_saving = False
+
+    checkpoint.save_checkpoint = counted
+    _count_calls(before)
+
+
+def _count_calls(before: Callable[[str], None]) -> None:
+    """Call `before` with its name before each call that changes the file system: a write is two, of half each."""
+    import safetensors.torch
+
+    for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "chmod"):
+        setattr(os, name, _counted(name, getattr(os, name), before))
+
+    real_open, save, save_file = io.open, safetensors.torch.save, safetensors.torch.save_file
+
+    def counted_open(file: Any, mode: str = "r", *args: Any, **named: Any) -> Any:
+        if not set(mode) & set(WRITING):
+            return real_open(file, mode, *args, **named)
+        before("open")
+        return _TornFile(real_open(file, mode, *args, **named), before)
+
+    def counted_save_file(tensors: Any, path: Path) -> None:
+        # What it does in one call: the half that a crash may leave is written here.
+        before("open")
+        content = save(tensors)
+        with real_open(path, "wb") as file:
+            file.write(content[: len(content) // 2])
+        before("write")
+        path.unlink()
+        save_file(tensors, path)
+
+    builtins.open = io.open = counted_open
+    safetensors.torch.save_file = counted_save_file
+
+
+def _counted(name: str, real: Callable[..., Any], before: Callable[[str], None]) -> Callable[..., Any]:
+    @functools.wraps(real)
+    def counted(*args: Any, **named: Any) -> Any:
+        before(name)
+        return real(*args, **named)
+
+    return counted
+
+
+class _TornFile:
+    """A file opened for writing, whose writes can be cut in the middle."""
+
+    def __init__(self, file: Any, before: Callable[[str], None]) -> None:
+        self._file = file
+        self._before = before
+
+    def write(self, content: Any) -> int:
+        half = len(content) // 2
+        self._before("write")
+        written: int = self._file.write(content[:half])
+        self._file.flush()
+        self._before("write")
+        return written + int(self._file.write(content[half:]))
+
+    def __enter__(self) -> "_TornFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Any:
+        return iter(self._file)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+# -------------------------------------------------------------------- the launcher
+
+
+def install(faults: list[dict[str, Any]]) -> None:
+    """Put each of `faults` in place, in this process, for good."""
+    for fault in faults:
+        arguments = dict(fault)
+        FAULTS[arguments.pop("fault")](**arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """`FAULTS.json MODULE ARGUMENT ...`: run the module's `main` under the faults; returns its exit status."""
+    faults, module, *rest = arguments
+    install(json.loads(Path(faults).read_text()))
+    status: int = importlib.import_module(module).main(rest)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
