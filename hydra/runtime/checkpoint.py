@@ -102,12 +102,10 @@ def save_checkpoint(
 
 
 def _write(final: Path, checkpoint: Checkpoint) -> None:
-    from safetensors.torch import save_file
-
     temporary = final.parent / f".writing-{final.name}"
     temporary.mkdir()
     for group, tensors in checkpoint.tensors.items():
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / f"{group}.safetensors")
+        _write_tensors(temporary / f"{group}.safetensors", tensors)
     (temporary / TRAINER_STATE).write_text(json.dumps(checkpoint.trainer_state, indent=2, allow_nan=False) + "\n")
     files = {file.name: _describe(file) for file in sorted(temporary.iterdir())}
     (temporary / MANIFEST).write_text(_manifest_text(files))
@@ -117,6 +115,21 @@ def _write(final: Path, checkpoint: Checkpoint) -> None:
     paths.sync_directory(temporary)
     os.rename(temporary, final)
     paths.sync_directory(final.parent)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    """Raises OSError when the system refuses a write."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        # What the system said stands in its text alone.
+        refusal = re.search(r"\(os error (\d+)\)", str(error))
+        if refusal is None:
+            raise
+        raise OSError(int(refusal[1]), os.strerror(int(refusal[1])), str(path)) from error
 
 
 def load_checkpoint(directory: Path, groups: tuple[str, ...]) -> Checkpoint:
