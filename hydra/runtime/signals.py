@@ -1,9 +1,11 @@
-"""SIGTERM and SIGINT as a request that the trainer meets at its next step boundary."""
+"""SIGTERM, SIGINT and SIGHUP as a request that the trainer meets at its next step boundary."""
 
 import signal
 import socket
 import threading
 from collections.abc import Callable
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -23,12 +25,16 @@ class StopRequest:
         return self.signal_name is not None
 
     def listen(self) -> None:
-        """Catch SIGTERM and SIGINT from now on. Call it from the main thread of a process that is one's own."""
+        """Catch them from now on. Call it from the main thread of a process that is one's own.
+
+        A closed terminal (SIGHUP) is a request like the others, unless nohup or a like has said that it is none.
+        """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+        for number in SIGNALS:
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
         # The thread holds both ends: a socket that is collected would close the descriptor that signals write to.
         threading.Thread(target=self._wait, args=(reader, writer), name="stop-request", daemon=True).start()
 
