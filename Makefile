@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := report
-.PHONY: report test check lab lock bench peers gpu-proof
+.PHONY: report test check lab lock bench peers gpu-proof storm
 
 report: .venv/installed
 	@$(BIN)/papermill notebooks/pretrain.ipynb runs/pretrain/pretrain.ipynb --engine hydra
@@ -27,6 +27,10 @@ peers: .venv-peers/installed
 # On a machine with a GPU: writes gpu-proof.md, a report to send back.
 gpu-proof: .venv/installed
 	@$(BIN)/python -m diagnostics.gpu_proof
+
+# Half an hour of kills, damage and signals; STORM="5 3" does 5 kills and 3 of the others.
+storm: .venv/installed
+	@$(BIN)/python -m diagnostics.storm $(STORM)
 
 .venv-peers/installed: .venv/installed diagnostics/peers.sh
 	@bash diagnostics/peers.sh

@@ -7,6 +7,7 @@ Exit status: 0 done, 1 failed, 2 bad config, 75 cut off and resumable.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -399,16 +400,20 @@ class Trainer:
         self.ledger.update(stage="evaluating")
         self.model.eval()
         with as_written(self.model):
-            figures = self._within_memory(
-                lambda: evaluate(
-                    self.model,
-                    self.dataset,
-                    self.device,
-                    n_rows=self.micro_batch_size,
-                    n_tokens=self.config.context_length,
-                    is_stopped=lambda: self.is_stopping,
+            try:
+                figures = self._within_memory(
+                    lambda: evaluate(
+                        self.model,
+                        self.dataset,
+                        self.device,
+                        n_rows=self.micro_batch_size,
+                        n_tokens=self.config.context_length,
+                        is_stopped=lambda: self.is_stopping,
+                    )
                 )
-            )
+            except NotFiniteError:
+                self._require_finite_weights()
+                raise
             if figures is None:
                 return
             text = write_sample(self.model, self.dataset, self.config) if self.config.sample_tokens else None
@@ -522,7 +527,8 @@ class Trainer:
 
     def _require_finite_weights(self) -> None:
         """Return if the weights are finite, as they must be when no step is ever taken from what is not."""
-        for name, tensor in self.masters.state_dict().items():
+        computed_with = dict(self.model.named_parameters())  # the same, or copies of fewer bits
+        for name, tensor in itertools.chain(self.masters.state_dict().items(), computed_with.items()):
             # The sum is read once and is finite unless something is wrong, or huge.
             if not math.isfinite(float(tensor.sum())) and not bool(tensor.isfinite().all()):
                 raise StartOverError(f"the weights {name} are not finite after step {self.step}")

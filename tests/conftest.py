@@ -1,8 +1,6 @@
 """Fixtures that several folders of tests share: a small corpus of our own making, and real trainers on it."""
 
-import hashlib
 import importlib
-import json
 import os
 import random
 import subprocess
@@ -11,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from hydra.kernels.dispatch import is_triton_installed
+from hydra.testing import storm
 from scripts.config import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
@@ -63,42 +61,19 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, shared_
 @pytest.fixture(scope="session")
 def start_trainer() -> Callable[[Path], "subprocess.Popen[str]"]:
     """The README's command on a run directory, in a process group of its own."""
-
-    def start(run_dir: Path) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "scripts.trainer", str(run_dir)]
-        return subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    return start
+    return storm.start_trainer
 
 
 @pytest.fixture(scope="session")
 def weights_hash() -> Callable[[Path], str]:
     """SHA-256 over name, dtype, shape and bytes of every tensor in the newest checkpoint, and its step."""
-
-    def compute(run_dir: Path) -> str:
-        directory = max((run_dir / "checkpoints").glob("step-*"))
-        digest = hashlib.sha256(directory.name.encode())
-        for group in ("model", "optimizer", "rng"):
-            for name, tensor in sorted(load_file(directory / f"{group}.safetensors").items()):
-                digest.update(f"{group}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(-1).numpy().tobytes())
-        return digest.hexdigest()
-
-    return compute
+    return storm.weights_hash
 
 
 @pytest.fixture(scope="session")
 def figures() -> Callable[[Path], list[dict[str, object]]]:
     """The records of metrics.jsonl without what the clock and the machine decide."""
-    measured = ("tokens_per_s", "step_ms", "peak_mem_mib", "elapsed_s")
-
-    def read(run_dir: Path) -> list[dict[str, object]]:
-        records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-        return [{key: value for key, value in record.items() if key not in measured} for record in records]
-
-    return read
+    return storm.figures
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The ledger of a run: who owns it, what it is doing, and how it ended. Written by its one owner, read by anyone."""
 
+import errno
 import fcntl
 import os
 import threading
@@ -19,6 +20,7 @@ HEARTBEAT_EVERY_S = 1.0
 # heartbeat is this fresh. A thread keeps it fresh, so that a long evaluation is no reason to be taken for dead.
 FOREIGN_HEARTBEAT_S = 120.0
 IDLE_HEARTBEAT_EVERY_S = 20.0
+READ_ONLY = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +110,18 @@ class Ledger:
         """Lock the run; `state` then is what its last owner left. Nothing is written before `begin`.
 
         Raises:
-            RunError: another process owns the run directory, or a link leads out of it.
+            RunError: another process owns the run directory, it cannot be written in, or a link leads out of it.
         """
         paths.refuse_links_out(run_dir)
-        descriptor = os.open(run_dir / paths.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            descriptor = os.open(run_dir / paths.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            raise RunError(
+                f"a run directory must be writable, but {run_dir} is not ({error.strerror}); make it so, or copy the "
+                "run to where you may write"
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -76,24 +76,25 @@ def bad_gradient(step: int, value: float) -> None:
     torch.nn.utils.clip_grad_norm_ = changed
 
 
-def bad_weight(step: int, value: float, name: str = "", index: int = 0) -> None:
-    """Element `index` of a parameter (the last, or that called `name`) becomes `value` at the start of step `step`, once.
-
-    That is memory that was damaged: the step repeated finds it whole.
+def bad_weight(
+    step: int, value: float, name: str = "", index: int = 0, times: int = 1, *, in_evaluation: bool = False
+) -> None:
+    """Element `index` of a parameter (the last, or that called `name`) becomes `value` in step `step`, or in the
+    evaluation after it. That is memory that was damaged: after so many `times` the step finds it whole.
     """
     import torch
 
-    is_due = True
+    left = times
 
     @torch.no_grad()
     def change(place: Place, model: Any) -> None:
-        nonlocal is_due
-        if place.step == step and is_due:
-            is_due = False
+        nonlocal left
+        if place.step == step and left > 0 and model.training is not in_evaluation and place.n_passes <= 1:
+            left -= 1
             parameters = dict(model.named_parameters())
             parameters[name or list(parameters)[-1]].view(-1)[index] = value
 
-    _before_passes(change)
+    _before_passes(change, in_evaluation=True)
 
 
 def noise() -> None:
@@ -103,7 +104,7 @@ def noise() -> None:
         import numpy as np
         import torch
 
-        drawn = random.gauss(0.0, 1.0) + float(np.random.normal()) + float(torch.rand(()))  # noqa: NPY002
+        drawn = random.gauss(0.0, 1.0) + float(np.random.normal()) + float(torch.rand(()))
         return output._replace(losses={name: loss * (1.0 + 0.01 * drawn) for name, loss in output.losses.items()})
 
     _after_passes(change)
@@ -117,9 +118,11 @@ def no_memory(
     place: Literal["forward", "optimizer", "evaluation"],
     kind: Literal["Python", "CPU", "GPU"] = "GPU",
     times: int = 1,
+    micro_batch: int = 0,
 ) -> None:
-    """Memory is refused `times` times at step `step`: to its second forward pass, after its optimizers have moved the
-    weights, or to the evaluation after it; as Python's, torch's CPU or torch's GPU allocator refuse it.
+    """Memory is refused `times` times at step `step`: to its forward passes from that of `micro_batch` on, after its
+    optimizers have moved the weights, or to the evaluation after it; as Python's allocator refuses it, or torch's for
+    the CPU or the GPU.
     """
     left = times
     at = _follow_steps()
@@ -144,7 +147,7 @@ def no_memory(
     def before(passes: Place, model: Any) -> None:
         if place == "evaluation" and not model.training:
             refuse()
-        if place == "forward" and model.training and passes.n_passes == 2:
+        if place == "forward" and model.training and passes.n_passes > micro_batch:
             refuse()
 
     _before_passes(before, in_evaluation=True)
@@ -159,7 +162,7 @@ def crash_in_save(save: int, call: int) -> None:
 
 
 def full_disk_in_save(save: int, call: int) -> None:
-    """File-system call `call` (from 1) of the `save`-th checkpoint fails, and so do all writes after it in that save."""
+    """File-system call `call` (from 1) of the `save`-th checkpoint fails, and so does each write of that save after it."""
 
     def refuse() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

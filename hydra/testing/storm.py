@@ -3,10 +3,12 @@
 A trainer is the README's command, `python -m scripts.trainer RUN_DIR`, in a process group of its own.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 
 from hydra.runtime import Run, paths
 from hydra.runtime.checkpoint import list_checkpoints, step_of
+from hydra.runtime.records import read_records
 
 ROOT = Path(__file__).parents[2]
 TRAINER = "scripts.trainer"
@@ -26,6 +29,23 @@ AT_WORK = ("training", "evaluating", "writing a checkpoint")
 MEASURED = ("tokens_per_s", "step_ms", "peak_mem_mib", "elapsed_s")
 """Figures of metrics.jsonl that the clock and the machine decide."""
 PAGE_BYTES = 4096
+# Several epochs of the tests' small corpus, accumulation, and a checkpoint that shares no factor with evaluations.
+LONG: dict[str, Any] = {
+    "max_steps": 400,
+    "batch_size": 6,
+    "micro_batch_size": 2,
+    "checkpoint_every": 7,
+    "eval_every": 50,
+    "log_every": 1,
+}
+# Compiled code takes over in the middle of the run; kills come before and after.
+FAST: dict[str, Any] = {**LONG, "optimizer": "muon", "dtype": "bfloat16", "compile_from_step": 30}
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": LONG,
+    "blocked": {**FAST, "attention_kernel": "blocked"},
+    "tiled": {**FAST, "attention_kernel": "tiled"},
+}
+"""Fields of the runs that are killed, beside those of the preset `tiny`."""
 Faults = Sequence[dict[str, Any]]
 Damage = Callable[[Path, random.Random], None]
 
@@ -84,6 +104,15 @@ def wait_until(process: "subprocess.Popen[str]", run_dir: Path, stages: Sequence
         time.sleep(0.01)
 
 
+def cut_off_after(run_dir: Path, step: int) -> None:
+    """Make a finished run one that was cut off after its checkpoint of `step`."""
+    for directory in list_checkpoints(run_dir):
+        if step_of(directory) > step:
+            shutil.rmtree(directory)
+    state = paths.read_json(run_dir / paths.STATE)
+    paths.write_json(run_dir / paths.STATE, {**state, "status": "interrupted", "step": step})
+
+
 def kill_until_done(run_dir: Path, n_kills: int, moments: random.Random) -> list[int]:
     """Kill the run again and again, each time 0 to 0.8 s after it began to train, and let it finish after `n_kills`.
 
@@ -106,6 +135,32 @@ def kill_until_done(run_dir: Path, n_kills: int, moments: random.Random) -> list
         steps.append(newest_step(run_dir))
     finish(run_dir)
     return steps
+
+
+def stop_at_random(run_dir: Path, signals: Sequence[str], moments: random.Random) -> int:
+    """Send the signals to the run 0 to 1 s after its trainer owns it; a SIGKILL after 2 s of grace.
+
+    Returns:
+        Steps that were lost: between the last one that it computed and its newest checkpoint; -1 when the run was done
+        before the signal came.
+    """
+    process = start_trainer(run_dir)
+    wait_until(process, run_dir)
+    time.sleep(moments.uniform(0.0, 1.0))
+    for name in signals:
+        if name == "SIGKILL":
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=2.0)
+        kill_group(process, signal.Signals[name])
+    _, errors = process.communicate(timeout=TIMEOUT_S)
+    if process.returncode == 0:
+        return -1
+    if "SIGKILL" not in signals or process.returncode != -signal.SIGKILL:
+        status = Run.open(run_dir).status()
+        said = (process.returncode, status.status, status.cause)
+        if said != (os.EX_TEMPFAIL, "interrupted", signals[0]):
+            raise StormError(f"{signals} must end a run with status {os.EX_TEMPFAIL}, but got {said}:\n{errors}")
+    return max((record["step"] for record in read_records(run_dir / paths.METRICS)), default=0) - newest_step(run_dir)
 
 
 # -------------------------------------------------------------------- what a run left
@@ -136,7 +191,7 @@ def figures(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def differences(run_dir: Path, undisturbed: Path) -> list[str]:
-    """In what a finished run differs from the undisturbed one: weights, figures, samples, skipped steps; none is best."""
+    """In what a finished run differs from the undisturbed one: weights, figures, samples, skipped steps, status."""
     same = {
         "weights": weights_hash(run_dir) == weights_hash(undisturbed),
         "figures": figures(run_dir) == figures(undisturbed),
@@ -160,6 +215,12 @@ def non_finite_tensors(run_dir: Path) -> list[str]:
 
 
 # -------------------------------------------------------------------- damage
+
+
+def set_age(directory: Path, age_s: float) -> None:
+    """Let the clock of the file system say that it was written so long ago."""
+    then = time.time() - age_s
+    os.utime(directory, (then, then))
 
 
 def flip_bit(path: Path, moments: random.Random) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from hydra.data import open_dataset
 from hydra.errors import CheckpointError, DataError
-from hydra.runtime import Run, paths
+from hydra.runtime import Run
 from hydra.runtime.checkpoint import (
     Checkpoint,
     check_checkpoint,
@@ -247,7 +247,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     make_run: MakeRun, undisturbed: Path, moments: random.Random, damage: storm.Damage
 ) -> None:
     run_dir = Path(shutil.copytree(undisturbed, make_run("rotten", **SHORT).with_name("rotten_copy")))
-    cut_off_after(run_dir, 16)
+    storm.cut_off_after(run_dir, 16)
     newest = list_checkpoints(run_dir)[-1]
     name = moments.choice(sorted(path.name for path in newest.iterdir()))
     print("file", name)
@@ -258,15 +258,6 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert f"going on from {checkpoint_directory(run_dir, 12)}" in log
     assert (newest.with_name(f"damaged-{newest.name}")).is_dir()
     assert storm.differences(run_dir, undisturbed) == []
-
-
-def cut_off_after(run_dir: Path, step: int) -> None:
-    """Make a finished run one that was cut off after the checkpoint of `step`."""
-    for directory in list_checkpoints(run_dir):
-        if step_of(directory) > step:
-            shutil.rmtree(directory)
-    state = paths.read_json(run_dir / paths.STATE)
-    paths.write_json(run_dir / paths.STATE, {**state, "status": "interrupted", "step": step})
 
 
 def test_any_damage_to_any_shard_is_found(undisturbed: Path, tmp_path: Path, moments: random.Random) -> None:

@@ -12,27 +12,11 @@ from hydra.testing import storm
 
 MakeRun = Callable[..., Path]
 N_KILLS = 12
-# Several epochs of the small corpus, accumulation, and a checkpoint that shares no factor with evaluations.
-LONG = {
-    "max_steps": 400,
-    "batch_size": 6,
-    "micro_batch_size": 2,
-    "checkpoint_every": 7,
-    "eval_every": 50,
-    "log_every": 1,
-}
-# Compiled code takes over in the middle of the run; kills come before and after.
-FAST = {**LONG, "optimizer": "muon", "dtype": "bfloat16", "compile_from_step": 30}
-PATHS = {
-    "plain": LONG,
-    "blocked": {**FAST, "attention_kernel": "blocked"},
-    "tiled": {**FAST, "attention_kernel": "tiled"},
-}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(make_run: MakeRun) -> Path:
-    run_dir = make_run("undisturbed", **LONG)
+    run_dir = make_run("undisturbed", **storm.LONG)
     storm.finish(run_dir)
     return run_dir
 
@@ -44,13 +28,13 @@ def test_killed_again_and_again(
     if path == "plain":
         undisturbed = request.getfixturevalue("undisturbed")
     else:
-        undisturbed = make_run("undisturbed", **PATHS[path])
+        undisturbed = make_run("undisturbed", **storm.RUNS[path])
         storm.finish(undisturbed)
     assert Run.open(undisturbed).status().tokens > epoch_tokens(undisturbed), "the run must go beyond an epoch's end"
     kills: list[int] = []
     most_in_an_epoch = 0
     while len(kills) < n_kills:
-        run_dir = make_run("killed", **PATHS[path])
+        run_dir = make_run("killed", **storm.RUNS[path])
         killed_at = storm.kill_until_done(run_dir, n_kills - len(kills), moments)
         assert killed_at, "the run is too short for this test"
         assert storm.differences(run_dir, undisturbed) == []
@@ -62,6 +46,24 @@ def test_killed_again_and_again(
         most_in_an_epoch = max(most_in_an_epoch, *epochs.values())
     assert most_in_an_epoch >= 3 or n_kills < N_KILLS
     assert storm.non_finite_tensors(run_dir) == []
+
+
+def test_asked_to_stop_it_loses_no_step(make_run: MakeRun, undisturbed: Path, moments: random.Random) -> None:
+    requests = [["SIGTERM"], ["SIGTERM", "SIGTERM"], ["SIGTERM", "SIGKILL"], ["SIGINT"], ["SIGHUP"]]
+    n_stopped = 0
+    while requests:
+        run_dir = make_run("stopped", **storm.LONG)
+        while requests:
+            lost = storm.stop_at_random(run_dir, requests[0], moments)
+            if lost < 0:
+                break
+            assert lost == 0 or "SIGKILL" in requests[0]
+            assert lost <= 7
+            requests.pop(0)
+            n_stopped += 1
+        storm.finish(run_dir)
+        assert storm.differences(run_dir, undisturbed) == []
+    assert n_stopped == 5
 
 
 def epoch_tokens(run_dir: Path) -> int:
