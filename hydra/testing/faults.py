@@ -162,7 +162,7 @@ def crash_in_save(save: int, call: int) -> None:
 
 
 def full_disk_in_save(save: int, call: int) -> None:
-    """File-system call `call` (from 1) of the `save`-th checkpoint fails, and so does each write of that save after it."""
+    """File-system call `call` (from 1) of the `save`-th checkpoint fails, and each write of that save after it."""
 
     def refuse() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -178,7 +178,7 @@ def file_size_limit(n_bytes: int) -> None:
 def small_disk(n_bytes: int) -> None:
     """The disk is said to have `n_bytes` left."""
     usage = shutil.disk_usage
-    shutil.disk_usage = lambda path: usage(path)._replace(free=n_bytes)  # type: ignore[assignment]
+    shutil.disk_usage = lambda path: usage(path)._replace(free=n_bytes)
 
 
 # -------------------------------------------------------------------- the process and its clock
@@ -282,7 +282,7 @@ def _after_optimizers(call: Callable[[], None]) -> None:
     def built(*args: Any, **named: Any) -> Any:
         optimizers = build(*args, **named)
         for optimizer in optimizers:
-            optimizer.step = functools.partial(stepped, optimizer.step)
+            vars(optimizer)["step"] = functools.partial(stepped, optimizer.step)
         return optimizers
 
     optim.build_optimizers = built
@@ -346,7 +346,7 @@ def _count_calls(before: Callable[[str], None]) -> None:
         save_file(tensors, path)
 
     builtins.open = io.open = counted_open
-    safetensors.torch.save_file = counted_save_file
+    vars(safetensors.torch)["save_file"] = counted_save_file
 
 
 def _counted(name: str, real: Callable[..., Any], before: Callable[[str], None]) -> Callable[..., Any]:
