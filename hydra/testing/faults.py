@@ -270,7 +270,7 @@ def _after_passes(call: Callable[[Place, object, "ModelOutput"], "ModelOutput"])
 
 
 def _after_optimizers(call: Callable[[], None]) -> None:
-    from hydra import optim
+    import hydra.optim as optim
 
     build = optim.build_optimizers
 

@@ -120,6 +120,8 @@ def test_a_save_cut_off_or_refused_at_each_of_its_calls(
         run_dir = Path(shutil.copytree(template, tmp_path / f"{call}"))
         status = save_in_child(run_dir, 3, fault, call)
         assert status in (0, 28 if fault is faults.full_disk_in_save else faults.KILLED), call
+        for listed in list_checkpoints(run_dir):
+            check_checkpoint(listed)  # a name is given last and taken first
         newest = newest_whole(run_dir, sets_aside=True)
         assert newest is not None or not before, call
         if newest is not None:
