@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from hydra.errors import CheckpointError, RunCutOffError, RunError
 from hydra.runtime import paths
-from hydra.runtime.checkpoint import list_checkpoints, load_checkpoint
+from hydra.runtime.checkpoint import load_checkpoint, newest_whole
 from hydra.runtime.ledger import RunStatus, read_status
 from hydra.runtime.memory import MemoryPlan
 from hydra.runtime.records import read_records
@@ -130,7 +130,7 @@ class Run:
         )
 
     def load_model(self, build_model: "Callable[..., Model]", *, trust_code: bool = False) -> "Model":
-        """The model with the weights of the newest checkpoint, in evaluation mode, on the CPU.
+        """The model with the weights of the newest whole checkpoint, in evaluation mode, on the CPU.
 
         Args:
             build_model: `hydra.model.framework.build_model`; it gets the model spec that the checkpoint carries.
@@ -138,16 +138,16 @@ class Run:
                 Only runs with an attention class of their own have any.
 
         Raises:
-            CheckpointError: there is no checkpoint yet, or it is damaged.
+            CheckpointError: there is no checkpoint yet that is whole.
             ConfigError: the run holds code and is not trusted, or the code is not what it was started with.
         """
-        checkpoints = list_checkpoints(self.directory)
-        if not checkpoints:
+        newest = newest_whole(self.directory)
+        if newest is None:
             raise CheckpointError(
-                f"run {self.name} must have a checkpoint, but has none ({self.status().status}); one is written every "
-                "checkpoint_every steps and at the end"
+                f"run {self.name} must have a whole checkpoint, but has none ({self.status().status}); one is written "
+                "every checkpoint_every steps and at the end"
             )
-        checkpoint = load_checkpoint(checkpoints[-1], groups=("model",))
+        checkpoint = load_checkpoint(newest, groups=("model",))
         spec = checkpoint.trainer_state["model_spec"]
         assert isinstance(spec, Mapping)
         model = build_model(spec, code_dir=self.directory / paths.CODE) if trust_code else build_model(spec)

@@ -27,6 +27,7 @@ from hydra.runtime.ledger import read_status
 from hydra.runtime.logs import FORMAT
 from hydra.runtime.processes import ProcessIdentity
 from hydra.runtime.records import read_records_from
+from hydra.runtime.secrets import mask_texts
 from hydra.runtime.tracking import EXIT_SENT, EXIT_UNSENT, FLUSH_S, TrackingMode, advice
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _begin(run_dir: Path, mode: TrackingMode, project: str, trainer: ProcessIden
                 resume="allow",
                 name=run_dir.name,
                 dir=run_dir,
-                config=paths.read_json(run_dir / paths.CONFIG),
+                config=mask_texts(paths.read_json(run_dir / paths.CONFIG)),
                 settings=_settings(),
             )
             run.define_metric("*", step_metric="step")

@@ -116,7 +116,7 @@ def plant(path: Path, payload: bytes, manifest: Path) -> None:
     path.write_bytes(payload)
     described = json.loads(manifest.read_text())
     described["files"][path.name] = {"n_bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
-    manifest.write_text(json.dumps(described))
+    manifest.write_text(json.dumps(described, indent=2) + "\n")
 
 
 @pytest.mark.parametrize("name", [*(f"{group}.safetensors" for group in GROUPS), "trainer_state.json"])

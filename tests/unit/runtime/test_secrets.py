@@ -156,7 +156,7 @@ def test_a_log_file_is_masked_with_its_tracebacks(tmp_path: Path) -> None:
 
 
 def test_records_events_and_ledger_are_masked(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, 0)
+    writer = MetricsWriter(tmp_path, 0, "disabled", "-")
     writer.write({"step": 1, f"loss of {SECRET}": 1.0})
     writer.close()
     append_record(tmp_path / "samples.jsonl", {"step": 1, "text": SECRET})
