@@ -273,7 +273,11 @@ class Trainer:
         self.step += 1
         self.tokens += batch.n_valid_tokens
         self.ledger.update(
-            stage="training", step=self.step, tokens=self.tokens, train_flops=self.tokens * self.flops_per_token
+            stage="training",
+            step=self.step,
+            tokens=self.tokens,
+            train_flops=self.tokens * self.flops_per_token,
+            skipped_steps=len(self.guard.skipped_steps),
         )
         return result
 

@@ -129,6 +129,7 @@ def _cost(status: RunStatus) -> Mapping[str, object]:
     return {
         "status": f"{status.status}, step {status.step:,} of {status.max_steps:,}",
         "restarts": status.restarts,
+        **({"skipped steps": status.skipped_steps} if status.skipped_steps else {}),
         "wall time": format_duration(status.train_s),
         "tokens": status.tokens,
         "training FLOPs": f"{status.train_flops:.3g}",

@@ -38,6 +38,7 @@ class RunStatus:
     max_steps: int = 0
     tokens: int = 0
     restarts: int = 0
+    skipped_steps: int = 0
     cause: str | None = None
     message: str | None = None
     owner: ProcessIdentity | None = None
