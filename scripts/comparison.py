@@ -143,7 +143,10 @@ class ComparisonConfig:
         Raises:
             ConfigError: it is none, or a field is missing, unknown or invalid.
         """
-        stored = json.loads(text)
+        try:
+            stored = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"a stored comparison must be JSON, but is not: {error}") from None
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(stored, dict) or set(stored) != names:
             raise ConfigError(f"a stored comparison must be an object with the fields {', '.join(sorted(names))}")

@@ -20,7 +20,7 @@ from hydra.attention import parse_plan, plan_layers, record_plan_code, refuse_mi
 from hydra.data import DataSpec
 from hydra.errors import ConfigError, RunError
 from hydra.runtime import paths
-from hydra.runtime.paths import CODE, CONFIG, next_free, workspace_root
+from hydra.runtime.paths import CODE, CONFIG, next_free, shown, workspace_root
 
 if TYPE_CHECKING:
     from hydra.model.framework import ModelSpec
@@ -580,6 +580,8 @@ ALWAYS_CHANGEABLE = frozenset({"micro_batch_size", "allow_changes", "wandb_mode"
 
 # What an engine leaves in a run directory before the trainer has begun.
 NOT_YET_A_RUN = (r".*\.ipynb", r"report\.html", r"\..*", CODE)
+# What only a run or a comparison leaves.
+LEFT_BY_RUNS = frozenset({paths.CHECKPOINTS, paths.STATE, paths.METRICS, paths.RESULTS})
 
 
 class JobConfig(Protocol):
@@ -622,7 +624,7 @@ def refuse_changed_config(config: JobConfig, run_dir: Path) -> None:
             kind = "a comparison" if is_comparison else "a training run"
             raise RunError(
                 f"run_dir must be a new folder or hold what is asked for, but {run_dir} is {kind}; give another "
-                f"run_dir, such as {next_free(run_dir)}"
+                f"run_dir, such as {shown(next_free(run_dir))}"
             )
         try:
             stored = type(config).from_json(path.read_text())
@@ -635,10 +637,16 @@ def refuse_changed_config(config: JobConfig, run_dir: Path) -> None:
             for entry in run_dir.iterdir()
             if not any(re.fullmatch(pattern, entry.name) for pattern in NOT_YET_A_RUN)
         ]
+        if of_a_run := LEFT_BY_RUNS.intersection(foreign):
+            raise RunError(
+                f"{CONFIG} must be in the folder of a run, but it is missing from {run_dir}, which looks like one (it "
+                f"holds {min(of_a_run)}); put back a copy of it, or give another run_dir, "
+                f"such as {shown(next_free(run_dir))}"
+            )
         if foreign:
             raise RunError(
                 f"a new run needs a folder of its own, but {run_dir} is no run and holds {sorted(foreign)[0]}; "
-                f"give another run_dir, such as runs/{run_dir.name}"
+                f"give another run_dir, such as {shown(next_free(run_dir))}"
             )
 
 
@@ -652,23 +660,20 @@ def refuse_difference(config: JobConfig, stored: JobConfig, run_dir: Path) -> No
     differences = {name: both for name, both in config.differences(stored).items() if name not in may_change}
     if not differences:
         return
-    shown = run_dir.relative_to(workspace_root()) if run_dir.is_relative_to(workspace_root()) else run_dir
-    lines = describe_changed_code(config, stored, shown)
+    lines = describe_changed_code(config, stored, Path(shown(run_dir)))
     lines += [
         f"{name}: {theirs!r} there, {mine!r} asked for"
         for name, (theirs, mine) in differences.items()
         if name != "attention_code"
     ]
     listed = "\n".join(f"  {line}" for line in lines)
-    new_name = next_free(run_dir)
-    if new_name.is_relative_to(workspace_root()):
-        new_name = new_name.relative_to(workspace_root())
+    new_name = shown(next_free(run_dir))
     allowable = sorted(CHANGEABLE & differences.keys()) if isinstance(config, TrainingConfig) else []
     leave = f" To change {', '.join(allowable)} of this run, name it in allow_changes." if allowable else ""
     raise RunError(
         f"{run_dir} must hold the config that is asked for, but it was started with another:\n{listed}\n"
         f"For a run of its own give another run_dir, such as {new_name} (papermill: -r run_dir "
-        f"{shlex.quote(str(new_name))}).{leave}"
+        f"{shlex.quote(new_name)}).{leave}"
     )
 
 

@@ -1,7 +1,9 @@
 """The engine `hydra`: hydra.notebook's engine, bound to `TrainingConfig`. papermill finds it by its entry point."""
 
 import json
+import os
 import typing
+from pathlib import Path
 
 from hydra.data import check_corpus
 from hydra.errors import ConfigError, RunError
@@ -9,9 +11,9 @@ from hydra.notebook.doors import guard_paths
 from hydra.notebook.engine import NotebookEngine, silence_unknown_parameters
 from hydra.notebook.parameters import RUN_DIR, with_trap_hints
 from hydra.notebook.plan import COMPARISON, TRAINING, Plan, Request
-from hydra.runtime import workspace_root
+from hydra.runtime import Run, workspace_root
 from hydra.runtime.choices import check_device
-from hydra.runtime.paths import next_free
+from hydra.runtime.paths import check_folder, next_free
 from hydra.runtime.secrets import refuse_secrets
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig, refuse_changed_config
@@ -29,19 +31,21 @@ class HydraEngine(NotebookEngine):
         Raises:
             ConfigError: a parameter, an option or a combination cannot be run, or not on this machine.
             DataError: the corpus is missing or empty.
-            RunError: the run directory holds another config.
+            RunError: the run directory holds another config, or a file of it is damaged.
         """
         config = _read_config(request)
         refuse_secrets(json.loads(config.to_json()))
         training = config.training_config(config.baseline) if isinstance(config, ComparisonConfig) else config
         check_corpus(training.data_spec(), workspace_root())
         check_device(training.device)
+        _check_data_dir(workspace_root() / training.data_dir)
         arguments = config.papermill_arguments()
         try:
             refuse_changed_config(config, request.run_dir)
         except RunError as error:
             command = request.command(cls.engine_name, arguments, next_free(request.run_dir))
             raise RunError(f"{error}\nThe whole command: {command}") from None
+        Run(request.run_dir).check_files()
         return Plan(
             run_dir=request.run_dir,
             job=request.job,
@@ -51,6 +55,14 @@ class HydraEngine(NotebookEngine):
             config=json.loads(config.to_json()),
             differences=config.differences(),
         )
+
+
+def _check_data_dir(data_dir: Path) -> None:
+    """A folder that holds tokenized text already may be one that is only read."""
+    is_folder = os.path.isdir(data_dir)  # noqa: PTH112  (Path.is_dir raises for a name that is too long)
+    holds_datasets = is_folder and any(data_dir.glob("*/manifest.json"))
+    if not holds_datasets:
+        check_folder("data_dir", data_dir)
 
 
 def _read_config(request: Request) -> TrainingConfig | ComparisonConfig:

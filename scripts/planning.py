@@ -40,6 +40,7 @@ from hydra.runtime.memory.plan import (
     find_rung,
     predict,
     predict_on_gpu,
+    read_plan,
 )
 from hydra.runtime.memory.tracker import Rehearsal
 from scripts.config import TrainingConfig
@@ -198,11 +199,11 @@ def forecast(config: TrainingConfig, run_dir: str | Path | None = None) -> Forec
         MemoryLimitError: it would not fit this machine.
     """
     run_dir = None if run_dir is None else paths.resolve_run_dir(run_dir)
-    stored = paths.read_json(run_dir / paths.MEMORY_PLAN) if run_dir else {}
+    stored = read_plan(run_dir) if run_dir else None
     vocab_size = _vocab_size(config, run_dir)
     resolved = paths.read_json(run_dir / paths.ENVIRONMENT).get("resolved") if run_dir else None
     choices = Choices(**resolved) if resolved else resolve(**config.asked_choices())[0]
-    memory = MemoryPlan.from_dict(stored) if stored else plan_memory(config, choices, vocab_size)
+    memory = stored or plan_memory(config, choices, vocab_size)
     with torch.device("meta"):
         model = HydraModel(config.model_spec(vocab_size))
     n_parameters = model.n_parameters()

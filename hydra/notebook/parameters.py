@@ -131,12 +131,13 @@ def _own_run_dir(notebook_name: str) -> Path:
 
 
 def _writable(run_dir: Path) -> Path:
-    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"{RUN_DIR} must be the path of a folder, but {existing} is a file; give another name")
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(f"{RUN_DIR} must lie where one may write, but {existing} is read-only; give another place")
+    paths.check_folder(RUN_DIR, run_dir)
     return run_dir
+
+
+def default_run_dir(notebook_name: str) -> str:
+    """The run directory of a notebook whose parameters name none, relative to the workspace root."""
+    return f"runs/{notebook_name}"
 
 
 def check_names(names: Sequence[str]) -> None:

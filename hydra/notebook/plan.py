@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.notebook.parameters import RUN_DIR, resolve_run_dir
+from hydra.notebook.parameters import RUN_DIR, default_run_dir
 from hydra.runtime import workspace_root
 from hydra.runtime.secrets import MASK
 
@@ -29,7 +29,7 @@ class Request:
         """What to type in the present folder to run the notebook with these papermill arguments in `run_dir`."""
         output = _relative(run_dir / f"{self.notebook_name}.ipynb", Path.cwd())
         words = ["papermill", self.notebook, output, "--engine", engine_name, *arguments]
-        if run_dir != resolve_run_dir(None, self.notebook_name):
+        if run_dir != (workspace_root() / default_run_dir(self.notebook_name)).resolve():
             words += ["-r", RUN_DIR, _relative(run_dir, workspace_root())]
         for name in self.secrets:
             words += ["-r", name, MASK]

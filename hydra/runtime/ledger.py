@@ -2,17 +2,20 @@
 
 import errno
 import fcntl
+import functools
 import os
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hydra.errors import RunError
 from hydra.runtime import paths
 from hydra.runtime.processes import ProcessIdentity, current_process
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict, TypeAdapter
 
 Status = Literal["queued", "running", "done", "failed", "interrupted"]
 HEARTBEAT_EVERY_S = 1.0
@@ -29,6 +32,8 @@ class RunStatus:
 
     `status` as stored is what the owner last knew; `reconciled` compares it with what is alive.
     """
+
+    __pydantic_config__: ClassVar["ConfigDict"] = {"extra": "forbid"}
 
     status: Status = "queued"
     stage: str = "not started"
@@ -77,18 +82,30 @@ class RunStatus:
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """The reconciled status of the run in `run_dir`; `queued` where no trainer has begun."""
+    """The reconciled status of the run in `run_dir`; `queued` where no trainer has begun.
+
+    Raises:
+        RunError: `state.json` is damaged.
+    """
     return _read_stored(run_dir).reconciled()
 
 
 def _read_stored(run_dir: Path) -> RunStatus:
     stored = paths.read_json(run_dir / paths.STATE)
-    owner = stored.pop("owner", None)
-    identity = ProcessIdentity(**owner) if isinstance(owner, Mapping) else None
     try:
-        return RunStatus(**stored, owner=identity)
-    except TypeError as error:
-        raise RunError(f"{run_dir / paths.STATE} must be the ledger of a run, but is not ({error})") from None
+        status = _reader().validate_python(stored)
+    except ValueError as error:
+        raise paths.damaged(run_dir / paths.STATE, " ".join(str(error).split("\n")[1:3])) from None
+    if status.status == "running" and (status.owner is None or status.heartbeat_at is None):
+        raise paths.damaged(run_dir / paths.STATE, "a run that is running must have an owner and a heartbeat")
+    return status
+
+
+@functools.cache
+def _reader() -> "TypeAdapter[RunStatus]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunStatus)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ TRACKED = "tracked.json"  # in wandb/: the run's id there, and how far it was ha
 CHECKPOINTS = "checkpoints"
 RUNS = "runs"
 MAX_NAME_BYTES = 255  # of a file or folder, on Linux
+
+REMEDIES = {
+    CONFIG: "put back a copy of it, or give another run_dir",
+    STATE: "remove it and give the same command again: what is done stays done",
+    ENVIRONMENT: "put back a copy of it, or remove it: device, dtype and kernels are then chosen anew",
+    MEMORY_PLAN: "put back a copy of it, or remove it: memory is then planned anew",
+    MANIFEST: "put back a copy of it, or remove it and give the same command again: it is written anew from data_dir",
+    TOKENIZER: "copy it from the folder in data_dir that data.json names by its fingerprint",
+    RESULTS: "remove it and give the same command again: it is written anew from the runs that are done",
+}
+"""What to do when a file of a run is damaged. Any other is kept only so that it need not be made again."""
 
 
 def workspace_root() -> Path:
@@ -118,6 +130,34 @@ def next_free(run_dir: Path) -> Path:
     return run_dir.with_name(f"{run_dir.name}-{number}")
 
 
+def shown(path: Path) -> str:
+    """The path as one would write it: relative to the workspace root where it lies inside."""
+    root = workspace_root()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Return if the parameter `name` may name `folder`: it is a folder, or can be made, and one may write there.
+
+    Raises:
+        ConfigError: naming the parameter.
+    """
+    existing = folder
+    try:
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise ConfigError(f"{name} must be the path of a folder, but {existing} is a file; give another name")
+        # Permissions do not tell all: in a folder such as /proc nobody can make a file.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{name} must lie where one may write, but got {folder} (in {existing}: {error.strerror}); "
+            "give another place"
+        ) from None
+
+
 def sync_file(path: Path) -> None:
     """Make the content of `path` durable, if there is such a file."""
     if path.exists():
@@ -163,17 +203,22 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, or {} when there is no such file yet.
+    """The JSON object in `path`, a file of a run, or {} when there is no such file yet.
 
     Raises:
-        RunError: the file holds anything else.
+        RunError: it cannot be read, or is not what was written; the message names the file and what to do.
     """
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} must hold JSON, but does not ({error}); put it back as it was") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, str(error)) from None
     if not isinstance(value, dict):
-        raise RunError(f"{path} must hold a JSON object, but holds a {type(value).__name__}; put it back as it was")
+        raise damaged(path, f"it must hold a JSON object, but holds {json.dumps(value)[:40]}")
     return value
+
+
+def damaged(path: Path, why: str) -> RunError:
+    """The error for a file of a run that is not as it was written."""
+    return RunError(f"{path} must be as it was written, but is damaged ({why}); {REMEDIES.get(path.name, 'remove it')}")

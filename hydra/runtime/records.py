@@ -19,7 +19,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """Every complete line of `path`, in order; [] where there is none. A line still being written is left out.
 
     Raises:
-        RunError: a line is no JSON.
+        RunError: a line is not what was written; the message names file and line.
     """
     return read_records_from(path, 0)[0]
 
@@ -28,7 +28,7 @@ def read_records_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], in
     """Every complete line of `path` behind `offset` (bytes), and the offset behind the last of them.
 
     Raises:
-        RunError: a line is no JSON.
+        RunError: a line is not what was written; the message names file and line, counted from the offset.
     """
     try:
         with open(path, "rb") as file:
@@ -37,10 +37,21 @@ def read_records_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], in
     except FileNotFoundError:
         return [], offset
     complete = content[: content.rfind(b"\n") + 1]
+    lines = complete.split(b"\n")[:-1]
+    return [_parse_record(path, number, line) for number, line in enumerate(lines, start=1)], offset + len(complete)
+
+
+def _parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        return [json.loads(line) for line in complete.splitlines()], offset + len(complete)
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"every line of {path} must be JSON, but one is not ({error}); take that line out") from None
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise RunError(
+            f"every line of {path} must be a JSON object with its step, but line {number} is damaged "
+            f"({line[:40].decode(errors='replace')!r}); remove that line"
+        )
+    return record
 
 
 def keep_records(path: Path, is_kept: Callable[[int], bool]) -> None:

@@ -13,6 +13,7 @@ from hydra.runtime import paths
 from hydra.runtime.checkpoint import load_checkpoint, newest_whole
 from hydra.runtime.ledger import RunStatus, read_status
 from hydra.runtime.memory import MemoryPlan
+from hydra.runtime.memory.plan import read_plan
 from hydra.runtime.records import read_records
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ class Run:
 
     def memory_plan(self) -> MemoryPlan | None:
         """How the run was cut to fit its memory; None before that was planned."""
-        stored = paths.read_json(self.directory / paths.MEMORY_PLAN)
-        return MemoryPlan.from_dict(stored) if stored else None
+        return read_plan(self.directory)
 
     def environment(self) -> dict[str, object]:
         """Choices resolved at the first start, and the machine and versions of every session."""
@@ -158,14 +158,24 @@ class Run:
         """The tokenizer the run was trained with.
 
         Raises:
-            RunError: its file is none.
+            RunError: the file is missing or damaged.
         """
         from tokenizers import Tokenizer
 
         path = self.directory / paths.TOKENIZER
         try:
             return Tokenizer.from_file(str(path))
-        except Exception as error:  # `tokenizers` raises plain Exception for a file that it cannot read
-            raise RunError(
-                f"{path} must be a tokenizer.json of the `tokenizers` library, but is not: {error}"
-            ) from error
+        except Exception as error:  # `tokenizers` raises nothing more special
+            raise paths.damaged(path, str(error)) from error
+
+    def check_files(self) -> None:
+        """Return if every file that readers parse can be read, as far as there is one.
+
+        Raises:
+            RunError: naming a damaged file, and what to do.
+        """
+        self.status(), self.metrics(), self.samples(), self.memory_plan()
+        for name in (paths.CONFIG, paths.ENVIRONMENT, paths.MANIFEST, paths.RESULTS):
+            paths.read_json(self.directory / name)
+        if (self.directory / paths.TOKENIZER).exists():
+            self.load_tokenizer()

@@ -134,6 +134,19 @@ class MemoryPlan:
         )
 
 
+def read_plan(run_dir: Path) -> MemoryPlan | None:
+    """The plan that the run in `run_dir` keeps; None before there is one.
+
+    Raises:
+        RunError: `memory.json` is damaged.
+    """
+    stored = paths.read_json(run_dir / paths.MEMORY_PLAN)
+    try:
+        return MemoryPlan.from_dict(stored) if stored else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise paths.damaged(run_dir / paths.MEMORY_PLAN, repr(error)) from None
+
+
 def build_ladder(
     micro_batch_sizes: Sequence[int], checkpointing: Sequence[str], optimizer_offload: Sequence[bool] = (False,)
 ) -> list[list[Rung]]:
