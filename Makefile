@@ -1,6 +1,8 @@
 # Two commands matter on a fresh machine: `make report` and `make test`. Each makes .venv when it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+# In a container one often is root, which JupyterLab refuses unless told.
+ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 .DEFAULT_GOAL := report
 .PHONY: report test check lab lock bench peers gpu-proof storm
 
@@ -16,7 +18,7 @@ check: .venv/installed
 	@$(BIN)/mypy
 
 lab: .venv/installed
-	@$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+	@$(BIN)/jupyter lab --ip=127.0.0.1 $(ALLOW_ROOT) notebooks
 
 # PARTS="throughput memory" runs some of it.
 bench: .venv-peers/installed

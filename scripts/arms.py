@@ -5,6 +5,7 @@ the width; the cache is set by one option of each backend, for which the values 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,18 @@ class Arm:
     cache_bytes: int
     """Of one row of context_length tokens, by formula, with numbers of 2 bytes (states keep their own dtype)."""
 
+    @property
+    def label(self) -> str:
+        """Its name in verdicts: as it was asked for, unless an option that was fixed there had to be another."""
+        asked, trained = parse_plan(self.name), parse_plan(self.attention)
+        fixed = {name: CACHE_OPTIONS[name] for name, options in asked if CACHE_OPTIONS.get(name) in options}
+        changed = [
+            before[fixed[name]] != after[fixed[name]]
+            for (name, before), (_, after) in zip(asked, trained, strict=True)
+            if name in fixed and fixed[name] in before
+        ]
+        return f"{self.attention} in place of {self.name}" if any(changed) else self.name
+
     def to_dict(self) -> dict[str, Any]:
         """What a report shows of it."""
         return {
@@ -57,6 +70,38 @@ class LeftOut:
     reason: str
 
 
+def build_all_arms(config: ComparisonConfig) -> dict[str, tuple[list[Arm], list[LeftOut]]]:
+    """For each thing that is made equal, what `build_arms` gives; the baseline alone where no arm can be made equal.
+
+    Raises:
+        ConfigError: no arm can be made equal to the baseline in anything, or the baseline has no cache to solve for.
+    """
+    found: dict[str, tuple[list[Arm], list[LeftOut]]] = {equal: build_arms(config, equal) for equal in config.equal}
+    if all(len(arms) == 1 for arms, _ in found.values()):
+        raise ConfigError(
+            f"an arm must be there to compare {config.baseline} with, but none can be made equal to it:\n"
+            + "\n".join(describe_left_out(found))
+        )
+    return found
+
+
+def describe_left_out(found: Mapping[str, tuple[list[Arm], list[LeftOut]]]) -> list[str]:
+    """A sentence for each arm that is left out of a comparison, and for each comparison that nothing is left of."""
+    lines = []
+    for equal, (arms, left_out) in found.items():
+        what = equal.replace("_", " ")
+        lines += [f"left out at equal {what}: {one.name}, because {one.reason}" for one in left_out]
+        if len(arms) == 1:
+            lines.append(f"nothing is trained at equal {what}: no arm is left")
+    return lines
+
+
+def count_runs(config: ComparisonConfig, found: Mapping[str, tuple[list[Arm], list[LeftOut]]]) -> int:
+    """Runs of the comparison; those that two comparisons share are counted in both, and trained once."""
+    n_arms = sum(len(arms) for arms, _ in found.values() if len(arms) > 1)
+    return n_arms * (len(config.learning_rate_factors) + config.n_seeds)
+
+
 def build_arms(config: ComparisonConfig, equal: str) -> tuple[list[Arm], list[LeftOut]]:
     """The baseline and every arm that can be made equal to it in `equal`; those that cannot, or become another's twin.
 
@@ -66,7 +111,13 @@ def build_arms(config: ComparisonConfig, equal: str) -> tuple[list[Arm], list[Le
     baseline, arms, left_out = config.baseline, [], []
     base = measure(config.training_config(baseline), baseline, baseline)
     if equal == "kv_bytes":
-        attention = solve_cache(config, baseline, round(config.kv_share * base.cache_bytes))
+        try:
+            attention = solve_cache(config, baseline, round(config.kv_share * base.cache_bytes))
+        except ConfigError as error:
+            raise ConfigError(
+                f"baseline {baseline} cannot be given kv_share={config.kv_share:g} of its cache: {error}; give another "
+                "baseline or kv_share, or leave kv_bytes out of equal"
+            ) from None
         base = solve_feed_forward(config, baseline, attention, "parameters", base.n_parameters)
     arms.append(base)
     target = base.forward_flops if equal == "flops" else base.n_parameters

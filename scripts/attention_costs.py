@@ -31,9 +31,9 @@ def measure_costs(
 ) -> Iterator[dict[str, Any]]:
     """All costs so far after each length, by length and arm: what `known` holds is not measured again.
 
-    The arms are those of the first comparison.
+    The arms are those of the first comparison that has any beside the baseline.
     """
-    arms = next(iter(comparisons.values()))["arms"]
+    arms = next(found["arms"] for found in comparisons.values() if len(found["arms"]) > 1)
     costs = dict(known)
     for n_tokens in config.cost_lengths:
         if str(n_tokens) not in costs:

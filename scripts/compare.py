@@ -29,7 +29,7 @@ from hydra.runtime.ledger import Ledger
 from hydra.runtime.logs import log_to_standard_error, logging_to
 from hydra.runtime.records import append_record, keep_records
 from hydra.runtime.signals import StopRequest
-from scripts.arms import Arm, LeftOut, build_arms
+from scripts.arms import Arm, LeftOut, build_all_arms, count_runs, describe_left_out
 from scripts.attention_costs import measure_costs
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
@@ -86,7 +86,7 @@ class Comparer:
 
     def _run_as_owner(self) -> None:
         config = self.config
-        self.ledger.begin(self.config.n_runs, unit="run")
+        self.ledger.begin(self.ledger.state.max_steps, unit="run")
         record_session(self.run_dir, describe_session(), {})
         keep_records(self.run_dir / paths.METRICS, lambda step: False)
         self.results = paths.read_json(self.run_dir / paths.RESULTS) or self.results
@@ -99,7 +99,12 @@ class Comparer:
                 check_before_training(specs, training.context_length)
             self.ledger.update(stage="solving for equal arms")
             # All before the first run: what cannot be made equal is told in seconds, and not after hours.
-            self.arms = {equal: build_arms(config, equal) for equal in config.equal}
+            self.arms = build_all_arms(config)
+            told = "\n".join(describe_left_out(self.arms)) or None
+            self.ledger.update(max_steps=count_runs(config, self.arms), message=told)
+            for equal, (arms, left_out) in self.arms.items():
+                self.results["comparisons"].setdefault(equal, _describe_arms(arms, left_out))
+            self._write()
             for equal in config.equal:
                 self._compare(equal)
             self.ledger.update(stage="measuring speed and memory")
@@ -124,44 +129,45 @@ class Comparer:
         """All arms made equal in one thing: choose their learning rates, train them on the seeds, compare."""
         config = self.config
         arms, left_out = self.arms[equal]
-        self.n_done += len(left_out) * (len(config.learning_rate_factors) + config.n_seeds)
-        found: dict[str, Any] = {"arms": [arm.to_dict() for arm in arms], "left_out": [asdict(one) for one in left_out]}
-        self.results["comparisons"][equal] = found
+        found = self.results["comparisons"][equal] = _describe_arms(arms, left_out)
+        if len(arms) == 1:
+            return
+        baseline = arms[0]
         base = config.training_config(config.baseline)
         rate = base.muon_learning_rate if base.optimizer == "muon" else base.learning_rate
         factor_of = {factor * rate: factor for factor in config.learning_rate_factors}
-        tuning: dict[str, dict[float, float]] = {arm.name: {} for arm in arms}
+        tuning: dict[str, dict[float, float]] = {arm.label: {} for arm in arms}
         for rate, factor in factor_of.items():
             for arm in arms:
                 run_config = self._config_of(arm, factor, TUNING_SEED)
-                tuning[arm.name][rate] = self._train(run_config, f"equal {equal}: {arm.name}, rate {rate:g}")[0]
-        for arm in [arm for arm in arms if not any(map(math.isfinite, tuning[arm.name].values()))]:
-            if arm.name == config.baseline:
-                raise ComparisonError(BASELINE_DIVERGED.format(config.baseline))
+                tuning[arm.label][rate] = self._train(run_config, f"equal {equal}: {arm.label}, rate {rate:g}")[0]
+        for arm in [arm for arm in arms if not any(map(math.isfinite, tuning[arm.label].values()))]:
+            if arm is baseline:
+                raise ComparisonError(BASELINE_DIVERGED.format(baseline.label))
             left_out.append(LeftOut(arm.name, "it diverged at every learning rate that was tried"))
             self.n_done += config.n_seeds
             arms.remove(arm)
-            del tuning[arm.name]
+            del tuning[arm.label]
         choices = choose_learning_rates(tuning)
         found["learning_rates"] = {name: _describe_choice(choices[name], tuning[name], name) for name in tuning}
         results = []
         for arm in arms:
             by_seed = {}
             for seed in range(config.n_seeds):
-                run_config = self._config_of(arm, factor_of[choices[arm.name].learning_rate], seed)
-                by_seed[seed] = self._train(run_config, f"equal {equal}: {arm.name}, seed {seed}")
+                run_config = self._config_of(arm, factor_of[choices[arm.label].learning_rate], seed)
+                by_seed[seed] = self._train(run_config, f"equal {equal}: {arm.label}, seed {seed}")
             if not all(math.isfinite(figure) for figure, _ in by_seed.values()):
                 left_out.append(_diverged(arm, by_seed))
                 continue
             figure_of, seconds_of = ({seed: pair[index] for seed, pair in by_seed.items()} for index in (0, 1))
-            results.append(ArmResult(arm.name, figure_of, seconds_of))
+            results.append(ArmResult(arm.label, figure_of, seconds_of))
         found["left_out"] = [asdict(one) for one in left_out]
         found["figures"] = {result.name: {str(s): value for s, value in result.figures.items()} for result in results}
-        if config.baseline not in found["figures"]:
-            raise ComparisonError(BASELINE_DIVERGED.format(config.baseline))
+        if baseline.label not in found["figures"]:
+            raise ComparisonError(BASELINE_DIVERGED.format(baseline.label))
         comparison: Comparison | None = None
         if len(results) > 1:
-            comparison = compare_arms(results, config.baseline, confidence=config.confidence, unit=UNIT)
+            comparison = compare_arms(results, baseline.label, confidence=config.confidence, unit=UNIT)
         found["comparison"] = None if comparison is None else comparison.to_dict()
         self._write()
 
@@ -219,6 +225,10 @@ def _is_settled(run: Run) -> bool:
     """Whether the run is done, or its numbers are: what failed for another reason is tried again."""
     status = run.status()
     return status.status == "done" or (status.status == "failed" and status.cause == "not finite")
+
+
+def _describe_arms(arms: list[Arm], left_out: list[LeftOut]) -> dict[str, Any]:
+    return {"arms": [arm.to_dict() for arm in arms], "left_out": [asdict(one) for one in left_out], "comparison": None}
 
 
 def _describe_choice(choice: LearningRateChoice, figures: Mapping[float, float], name: str) -> dict[str, Any]:

@@ -10,10 +10,19 @@ import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from hydra.attention import refuse_missing_records
+from hydra.attention import plan_layers, refuse_missing_records
 from hydra.attention.code import refuse_equal_names
+from hydra.attention.plan import PlannedLayer
 from hydra.errors import ConfigError
-from scripts.config import PRESETS, TrainingConfig, as_papermill_arguments, as_tuple, closest, describe_problem, must
+from scripts.config import (
+    ATTENTION_FIELDS,
+    TrainingConfig,
+    as_papermill_arguments,
+    as_tuple,
+    describe_problems,
+    describe_unknown,
+    must,
+)
 
 EQUALITIES: tuple[Literal["parameters", "flops", "kv_bytes"], ...] = ("parameters", "flops", "kv_bytes")
 # What every arm gets from the comparison itself.
@@ -29,6 +38,15 @@ DEFAULT_ARMS = (
     "mla",
     "3*lightning, gqa(n_kv_heads=4)",
 )
+
+
+class Words(str):
+    """A text that stands in a message as it is, without quotes."""
+
+    def __repr__(self) -> str:
+        """The text itself."""
+        return str(self)
+
 
 Positive = Annotated[float, Field(gt=0.0)]
 
@@ -80,10 +98,14 @@ class ComparisonConfig:
     """As in TrainingConfig, of all arms."""
 
     def __post_init__(self) -> None:
-        for name, values in (("arms", (self.baseline, *self.arms)), ("equal", self.equal)):
-            must(len(set(values)) == len(values), name, "be distinct, and other than the baseline", list(values))
-        factors = self.learning_rate_factors
-        must(len(set(factors)) == len(factors), "learning_rate_factors", "be distinct", list(factors))
+        lists: tuple[tuple[str, tuple[object, ...]], ...] = (
+            ("equal", self.equal),
+            ("learning_rate_factors", self.learning_rate_factors),
+            ("cost_lengths", self.cost_lengths),
+        )
+        for name, values in lists:
+            doubled = [value for index, value in enumerate(values) if value in values[:index]]
+            must(not doubled, name, f"be distinct, without a second {[*doubled, None][0]!r}", list(values))
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
@@ -92,19 +114,50 @@ class ComparisonConfig:
             config = build(values)
         except pydantic.ValidationError as error:
             names = [*known_names(), "run_dir"]
-            raise ConfigError("\n".join(describe_problem(problem, names) for problem in error.errors())) from None
+            raise ConfigError(describe_problems(error, names)) from None
         problems = [f"{name}: {TAKEN[name]}" for name in config.fields if name in TAKEN]
-        for attention in (config.baseline, *config.arms):
+        for field, attention in [("baseline", config.baseline), *(("arms", arm) for arm in config.arms)]:
             try:
                 # What an arm was recorded with stays; the config is being made, and nobody has seen it yet.
                 known = {**config.attention_code, **config.training_config(attention).attention_code}
                 refuse_equal_names(known)
                 object.__setattr__(config, "attention_code", known)
             except ConfigError as error:
-                problems += [line for line in str(error).splitlines() if line not in problems]
+                # The runs' config speaks of its own fields, which are not those that were given.
+                lines = str(error).replace(f"{ATTENTION_FIELDS}:", f"{field}:").splitlines()
+                problems += [line for line in lines if line not in problems]
+        if not problems:
+            problems = config._find_twins()
         if problems:
             raise ConfigError("\n".join(problems))
         return config
+
+    def _find_twins(self) -> list[str]:
+        """A line for each arm that is the same model as one before it, however the two are written."""
+        problems, known = [], [(self.baseline, self._layers_of(self.baseline))]
+        for attention in self.arms:
+            layers = self._layers_of(attention)
+            twin = next((other for other, other_layers in known if other_layers == layers), None)
+            if twin is not None:
+                who = "the baseline" if twin == self.baseline else "an arm before it"
+                problems.append(
+                    f"arms must be distinct, and other than the baseline, but {attention!r} is the same model as "
+                    f"{twin!r}, {who}; leave one out"
+                )
+            known.append((attention, layers))
+        return problems
+
+    def _layers_of(self, attention: str) -> list[PlannedLayer]:
+        base = self.training_config(attention)
+        layers = plan_layers(
+            attention,
+            d_model=base.d_model,
+            n_heads=base.n_heads,
+            n_layers=base.n_layers,
+            options={},
+            code=base.attention_code,
+        )
+        return [dataclasses.replace(layer, options={}) for layer in layers]
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, object]) -> Self:
@@ -116,8 +169,7 @@ class ComparisonConfig:
         own = {field.name for field in dataclasses.fields(cls)} - {"fields"}
         unknown = [name for name in parameters if name not in known_names()]
         if unknown:
-            listed = (f"{name}: there is no such parameter{closest(name, known_names())}" for name in unknown)
-            raise ConfigError("\n".join(listed))
+            raise ConfigError("\n".join(describe_unknown(name, parameters[name], known_names()) for name in unknown))
         fields = {name: value for name, value in parameters.items() if name not in own}
         values: dict[str, Any] = {name: value for name, value in parameters.items() if name in own}
         return cls(**values, fields=fields)
@@ -126,11 +178,6 @@ class ComparisonConfig:
         """The run of one attention; `fields` come before the comparison's own."""
         own = {"attention": attention, "attention_options": {}, "attention_code": self.attention_code}
         return TrainingConfig.preset(self.preset, **{**self.fields, **own, **fields})
-
-    @property
-    def n_runs(self) -> int:
-        """Runs if every arm can be made equal and none is shared between comparisons: at most so many are trained."""
-        return len(self.equal) * (1 + len(self.arms)) * (len(self.learning_rate_factors) + self.n_seeds)
 
     def to_json(self) -> str:
         """Every field, as config.json holds it."""
@@ -166,9 +213,9 @@ class ComparisonConfig:
         """Fields that differ from `other` (left out: from the defaults), as (other's value, own value)."""
         theirs, mine = _flat(other or ComparisonConfig()), _flat(self)
         names = dict.fromkeys([*theirs, *mine])
-        shared = {} if other is None else _preset_fields(other)
+        absent = None if other is None else Words("the preset's")
         return {
-            name: (theirs.get(name, shared.get(name)), mine.get(name))
+            name: (theirs.get(name, absent), mine.get(name, absent))
             for name in names
             if theirs.get(name) != mine.get(name)
         }
@@ -187,7 +234,7 @@ class ComparisonConfig:
             f"{name} {json.dumps(mine)}" for name, (_, mine) in self.differences().items() if name != "attention_code"
         ]
         return (
-            f"Which attention, for what? {', '.join(self.arms)} against {self.baseline}, at equal "
+            f"{', '.join(self.arms)} against {self.baseline}, at equal "
             f"{', equal '.join(name.replace('_', ' ') for name in self.equal)}: models of {base.n_layers} blocks, "
             f"{base.d_model} wide, on {base.max_steps:,} steps of {base.batch_size * base.context_length:,} tokens, "
             f"{self.n_seeds} seeds. Preset {self.preset}, {'with ' + ', '.join(changed) if changed else 'unchanged'}."
@@ -204,7 +251,3 @@ def known_names() -> list[str]:
 def _flat(config: ComparisonConfig) -> dict[str, Any]:
     values = asdict(config)
     return {**values.pop("fields"), **values}
-
-
-def _preset_fields(config: ComparisonConfig) -> Mapping[str, object]:
-    return PRESETS[config.preset]

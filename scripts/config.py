@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from hydra.attention import parse_plan, plan_layers, record_plan_code, refuse_missing_records
+from hydra.attention import available_backends, parse_plan, plan_layers, record_plan_code, refuse_missing_records
+from hydra.attention.registry import load_spec_class
 from hydra.data import DataSpec
 from hydra.errors import ConfigError, RunError
 from hydra.runtime import paths
@@ -33,6 +34,31 @@ def as_tuple(value: object) -> object:
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
+
+
+ATTENTION_FIELDS = "attention, attention_options"
+"""What a message about an attention begins with."""
+# What other programs call a field, for messages about names that there are not.
+CALLED_ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("lr", "rate", "max_lr", "peak_lr", "learning_rate_max"), "learning_rate"),
+    **dict.fromkeys(("seq_len", "seq_length", "sequence_length", "block_size", "ctx", "ctx_len"), "context_length"),
+    **dict.fromkeys(("max_length", "max_seq_len", "n_ctx", "n_positions"), "context_length"),
+    **dict.fromkeys(("bs", "batch", "train_batch_size", "global_batch_size"), "batch_size"),
+    **dict.fromkeys(("micro_batch", "mbs"), "micro_batch_size"),
+    **dict.fromkeys(("epochs", "n_epochs", "num_epochs", "steps", "n_steps", "iters", "max_iters"), "max_steps"),
+    **dict.fromkeys(("layers", "n_layer", "num_layers", "depth", "blocks"), "n_layers"),
+    **dict.fromkeys(("heads", "n_head", "num_heads", "num_attention_heads"), "n_heads"),
+    **dict.fromkeys(("width", "dim", "hidden_size", "n_embd", "embed_dim", "d"), "d_model"),
+    **dict.fromkeys(("ffn", "d_ff", "ff_dim", "intermediate_size", "ffn_dim"), "d_feed_forward"),
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("warmup", "warmup_iters"), "warmup_steps"),
+    **dict.fromkeys(("grad_clip", "clip", "max_grad_norm"), "max_gradient_norm"),
+    **dict.fromkeys(("data", "dataset", "text"), "corpus"),
+    **dict.fromkeys(("vocab", "n_vocab"), "vocab_size"),
+    **dict.fromkeys(("beta1", "beta_1"), "adam_beta1"),
+    **dict.fromkeys(("beta2", "beta_2"), "adam_beta2"),
+    **dict.fromkeys(("precision", "torch_dtype"), "dtype"),
+}
 
 
 def stays_inside(path: str) -> str:
@@ -242,9 +268,7 @@ class TrainingConfig:
                 code=code,
             )
         except ConfigError as error:
-            raise PydanticCustomError(
-                "attention", "{problem}", {"problem": f"attention, attention_options: {error}"}
-            ) from None
+            raise PydanticCustomError("attention", "{problem}", {"problem": f"{ATTENTION_FIELDS}: {error}"}) from None
 
     @pydantic.model_validator(mode="wrap")
     @classmethod
@@ -253,7 +277,7 @@ class TrainingConfig:
             return build(values)
         except pydantic.ValidationError as error:
             names = ["preset", *(field.name for field in dataclasses.fields(cls) if field.name != "preset_name")]
-            raise ConfigError("\n".join(describe_problem(problem, names) for problem in error.errors())) from None
+            raise ConfigError(describe_problems(error, names)) from None
 
     @classmethod
     def preset(cls, name: str, /, **fields: object) -> Self:
@@ -306,6 +330,8 @@ class TrainingConfig:
             raise ConfigError(f"a stored config must be JSON, but is not: {error}") from None
         if not isinstance(stored, dict):
             raise ConfigError(f"a stored config must be a JSON object, but is a {type(stored).__name__}")
+        if "arms" in stored:
+            raise ConfigError("this is a comparison, not a training run; python -m scripts.compare DIR goes on with it")
         stored = {**ADDED_LATER, **stored}
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in stored]
         if missing:
@@ -698,18 +724,49 @@ def must(holds: bool, field: str, what: str, got: object) -> None:
 
 def closest(name: str, known: "list[str] | Mapping[str, object]") -> str:
     """The end of a message that names the known name closest to a wrong one; empty when none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def describe_problem(problem: ErrorDetails, names: list[str]) -> str:
-    """One line for one of pydantic's findings: the field, what must hold, what was got; `names` are the known ones."""
+def describe_unknown(name: str, value: object, names: list[str]) -> str:
+    """One line for a parameter that there is not: what was meant by it, or where all are listed."""
+    backends = [backend for backend in available_backends() if name in load_spec_class(backend).option_names()]
+    if backends:
+        as_given = f"-y '{{attention_options: {{{name}: {value}}}}}'"
+        in_brackets = f"in the brackets of an arm, as {backends[0]}({name}={value})"
+        return (
+            f"{name}: there is no such parameter; it is an option of attention {' and '.join(backends)}: write "
+            f"{in_brackets if 'arms' in names else as_given}"
+        )
+    meant = CALLED_ELSEWHERE.get(name.lower())
+    hint = f"; did you mean {meant}?" if meant in names else closest(name, names)
+    return f"{name}: there is no such parameter{hint or '; scripts/config.py lists all of them'}"
+
+
+def describe_problems(error: pydantic.ValidationError, names: list[str]) -> str:
+    """A line for each of pydantic's findings; `names` are the known ones."""
+    problems = error.errors()
+    with_bad_items = {problem["loc"][0] for problem in problems if len(problem["loc"]) > 1}
+    # Of a list with a bad item it also says how few items were good, which is not what was given.
+    told = [
+        problem
+        for problem in problems
+        if not (problem["type"] == "too_short" and len(problem["loc"]) == 1 and problem["loc"][0] in with_bad_items)
+    ]
+    return "\n".join(_describe_problem(problem, names) for problem in told)
+
+
+def _describe_problem(problem: ErrorDetails, names: list[str]) -> str:
+    """The field, what must hold, what was got."""
     if not problem["loc"]:
         return problem["msg"]
     field = str(problem["loc"][0])
+    must, got = problem["msg"], problem["input"]
     if problem["type"] == "unexpected_keyword_argument":
         if field == "preset":
             return "preset: a preset is taken by TrainingConfig.preset(name, **fields)"
-        return f"{field}: there is no such parameter{closest(field, names)}"
-    must, got = problem["msg"], problem["input"]
+        return describe_unknown(field, got, names)
+    if problem["type"] == "tuple_type":
+        must = "input should be a list"
+    must = must.replace("Tuple should", "list should").replace(" after validation", "")
     return f"{field}: {must[0].lower()}{must[1:]}, but got {got!r} ({type(got).__name__})"

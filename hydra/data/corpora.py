@@ -216,6 +216,11 @@ def _text_files(name: str, root: Path, probe_only: bool = False) -> Iterator[byt
         if text.strip():
             yield text
         return
+    if path.exists() and not path.is_dir():
+        raise DataError(
+            f"A corpus must be a file or folder, but {path} is neither (a pipe, socket or device); save its text to a "
+            "file first"
+        )
     if not path.is_dir():
         raise DataError(
             f'A corpus must be "{DEFAULT_CORPUS}" or an existing file or folder, but got {name!r} and there is no '

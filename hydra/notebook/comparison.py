@@ -39,18 +39,24 @@ def show_costs(run: Run) -> None:
     costs_section(run).show()
 
 
-def answer(run: Run, status: RunStatus) -> str:
-    """The answer in a few sentences."""
-    comparisons = _comparisons(run)
-    if not comparisons:
-        return "There is no answer yet: no arm has been compared."
-    said = " ".join(_summarise(equal, found) for equal, found in comparisons.items())
-    return said if status.status == "done" else f"Not all comparisons are done. {said}"
+def answer(run: Run, status: RunStatus) -> list[str]:
+    """The answer, a sentence for each comparison, and one for each arm that was left out of it."""
+    if not _comparisons(run):
+        return ["There is no answer yet: no arm has been compared.", *answer_lines(run)]
+    unfinished = [] if status.status == "done" else ["Not all comparisons are done."]
+    return [*unfinished, *answer_lines(run)]
 
 
 def answer_lines(run: Run) -> list[str]:
-    """One line for each comparison."""
-    return [_summarise(equal, found) for equal, found in _comparisons(run).items()]
+    """One line for each comparison, then one for each arm that was left out."""
+    verdicts = [_summarise(equal, found) for equal, found in _comparisons(run).items()]
+    left_out = [
+        f"Left out at equal {TITLES[equal]}{'' if len(found['arms']) > 1 else ', with no arm left'}: "
+        f"{one['name']}, because {one['reason']}."
+        for equal, found in _all_comparisons(run).items()
+        for one in found["left_out"]
+    ]
+    return verdicts + left_out
 
 
 def cost(status: RunStatus) -> Mapping[str, object]:
@@ -118,7 +124,7 @@ def verdicts_section(run: Run) -> Section:
 
 def arms_section(run: Run) -> Section:
     """See `show_arms`."""
-    comparisons = paths.read_json(run.directory / paths.RESULTS).get("comparisons", {})
+    comparisons = _all_comparisons(run)
     if not comparisons:
         return empty_section("arms", "No widths have been solved for yet.")
     header = ("arm", "as trained", "feed-forward width", "parameters", "forward FLOPs", "cache of a row")
@@ -145,8 +151,9 @@ def arms_section(run: Run) -> Section:
 
 def learning_rates_section(run: Run) -> Section:
     """See `show_learning_rates`."""
-    comparisons = paths.read_json(run.directory / paths.RESULTS).get("comparisons", {})
-    chosen = {equal: found["learning_rates"] for equal, found in comparisons.items() if "learning_rates" in found}
+    chosen = {
+        equal: found["learning_rates"] for equal, found in _all_comparisons(run).items() if "learning_rates" in found
+    }
     if not chosen:
         return empty_section("learning-rates", "No learning rate has been chosen yet.")
     bodies, texts = [], []
@@ -202,8 +209,13 @@ SECTIONS: Sequence[tuple[str, Callable[[Run], Section]]] = (
 
 def _comparisons(run: Run) -> Mapping[str, Any]:
     """The finished ones, by what was made equal."""
-    found = paths.read_json(run.directory / paths.RESULTS).get("comparisons", {})
-    return {equal: one for equal, one in found.items() if one.get("comparison")}
+    return {equal: found for equal, found in _all_comparisons(run).items() if found.get("comparison")}
+
+
+def _all_comparisons(run: Run) -> Mapping[str, Any]:
+    """Those that have been begun, too: what is known before the first run is which arms were left out."""
+    comparisons: Mapping[str, Any] = paths.read_json(run.directory / paths.RESULTS).get("comparisons", {})
+    return comparisons
 
 
 def _summarise(equal: str, found: Mapping[str, Any]) -> str:

@@ -43,9 +43,12 @@ def show_config(config: Config) -> None:
     config_section(json.loads(config.to_json()), config.differences()).show()
 
 
-def show_plan(forecast: "Forecast", n_runs: int = 1) -> None:
-    """Display what a run will take before it is started, n_runs times: memory by kind, tokens, time, disk."""
-    plan_section(forecast, n_runs).show()
+def show_plan(forecast: "Forecast", n_runs: int = 1, notes: Sequence[str] = ()) -> None:
+    """Display what a run will take before it is started, n_runs times: memory by kind, tokens, time, disk.
+
+    `notes` are sentences to be read first, as about what will not be done.
+    """
+    plan_section(forecast, n_runs, notes).show()
 
 
 def show_memory(run: Run) -> None:
@@ -117,7 +120,7 @@ def config_section(config: Mapping[str, object], differences: Mapping[str, tuple
     )
 
 
-def plan_section(forecast: "Forecast", n_runs: int = 1) -> Section:
+def plan_section(forecast: "Forecast", n_runs: int = 1, notes: Sequence[str] = ()) -> Section:
     """See `show_plan`."""
     plan = forecast.memory
     fit = f"{plan.prediction.total / MIB:,.0f} of {plan.limit_bytes / MIB:,.0f} MiB ({plan.limit_source})"
@@ -144,7 +147,8 @@ def plan_section(forecast: "Forecast", n_runs: int = 1) -> Section:
         }
     )
     said = f"predicted peak {fit}; {cut}; {tokens} tokens; about {time}; disk {disk}"
-    return Section("plan", head + _memory_table(plan), said)
+    told = "".join(f"<p><strong>{escape(note)}.</strong></p>" for note in notes)
+    return Section("plan", told + head + _memory_table(plan), "\n".join([*notes, said]))
 
 
 def memory_section(run: Run) -> Section:

@@ -198,8 +198,10 @@ def _explain_trap(name: str, value: object, kinds: frozenset[type]) -> str:
             f"  (it came as text, as papermill's -r passes it and as its API passes numpy values: "
             f"use -p {name} NUMBER, or int(...) or float(...))"
         )
-    if isinstance(value, str) and kinds & {list, dict} and str not in kinds:
+    if not isinstance(value, list | dict) and kinds & {list, dict} and str not in kinds:
         example = f"{{{name}: {'{key: value}' if dict in kinds else '[a, b]'}}}"
+        if not isinstance(value, str):
+            return f"  (lists and mappings are given with -y '{example}')"
         return f"  (papermill's -p and -r pass lists and mappings as text: use -y '{example}')"
     return ""
 

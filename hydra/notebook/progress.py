@@ -63,6 +63,8 @@ class Progress:
         self._n_cells = n_cells
         self._shown = shown
         self._cell = 0
+        self._told = ""
+        self._has_begun = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._draw, name="hydra-progress", daemon=True)
 
@@ -98,6 +100,7 @@ class Progress:
         """Draw once; returns the seconds to wait, so that reading a long run takes a small share of the time."""
         began = time.monotonic()
         status, line = self._line()
+        self._tell(status)
         if status.step:
             bar.bar_format = "{desc} {percentage:3.0f}%|{bar}|"
             bar.total, bar.n = status.max_steps, status.step
@@ -108,15 +111,25 @@ class Progress:
     def _print_lines(self) -> None:
         printed = ""
         while not self._ended.wait(LINE_EVERY_S if printed else 0.5):
-            line = self._line()[1]
+            status, line = self._line()
+            self._tell(status)
             if line != printed:
                 printed = line
                 tqdm.write(line, file=sys.stderr)
 
+    def _tell(self, status: RunStatus) -> None:
+        """Print once, above all else, what a run at work has to say of itself."""
+        if status.is_alive and status.message and status.message != self._told:
+            self._told = status.message
+            tqdm.write(status.message, file=sys.stderr)
+
     def _line(self) -> tuple[RunStatus, str]:
         status = self._run.status()
         parts = [f"cell {self._cell + 1}/{self._n_cells}"]
-        if status.step:
+        self._has_begun |= status.is_alive
+        if status.status in ("failed", "interrupted") and not self._has_begun:
+            parts.append(f"goes on from {status.unit} {status.step}/{status.max_steps}")
+        elif status.step or (status.is_alive and status.unit == "run" and status.max_steps):
             parts.append(describe(status, last_training_record(self._run.metrics())))
         elif status.is_alive:
             # Preparing data may take long and has no steps to count: say what its log said last.

@@ -103,7 +103,7 @@ def _summary(run: Run, plan: Plan, failure: str | None) -> list[str]:
         parts.append(f'<section class="failure" role="alert"><h2 id="failure">{heading}</h2>{told}{tail}</section>')
     job = JOBS[plan.job]
     parts.append(f'<p class="question">{escape(plan.question)}</p>')
-    parts.append(f'<p class="answer">{escape(job.answer(run, status))}</p>')
+    parts += [f'<p class="answer">{escape(line)}</p>' for line in job.answer(run, status)]
     parts.append(f"<h2 id='status-and-cost'>Status and cost</h2>{tiles(job.cost(status))}")
     return parts
 
@@ -171,14 +171,15 @@ def _yardsticks(run: Run) -> Sequence[tuple[str, float]]:
 class Job:
     """How the report of one kind of notebook tells what came of it."""
 
-    answer: Callable[[Run, RunStatus], str]
+    answer: Callable[[Run, RunStatus], list[str]]
+    """Each sentence stands in a line of its own."""
     cost: Callable[[RunStatus], Mapping[str, object]]
     sections: Sequence[tuple[str, Callable[[Run], Section]]]
     lines: Callable[[Run], list[str]]
 
 
 JOBS = {
-    TRAINING: Job(_answer, _cost, REPORT_SECTIONS, answer_line),
+    TRAINING: Job(lambda run, status: [_answer(run, status)], _cost, REPORT_SECTIONS, answer_line),
     COMPARISON: Job(comparison.answer, comparison.cost, comparison.SECTIONS, comparison.answer_lines),
 }
 

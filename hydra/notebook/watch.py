@@ -39,7 +39,7 @@ def _follow(run: Run) -> RunStatus:
     """Print until nobody trains the run any more; returns its last status."""
     began = time.monotonic()
     next_line = began
-    printed = ""
+    printed, told = "", None
     while True:
         status = run.status()
         waited = time.monotonic() - began
@@ -48,7 +48,14 @@ def _follow(run: Run) -> RunStatus:
             return status
         if status.status not in ("queued", "running"):
             return status
-        line = describe(status, last_training_record(run.metrics())) if status.step else status.stage
+        if status.message and status.message != told:
+            click.echo(status.message)
+            told = status.message
+        line = (
+            describe(status, last_training_record(run.metrics()))
+            if status.step or status.unit == "run"
+            else status.stage
+        )
         if time.monotonic() >= next_line and line != printed:
             click.echo(line)
             printed = line

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hydra.errors import ConfigError, RunError
-from scripts.config import TrainingConfig, refuse_changed_config
+from scripts.config import CALLED_ELSEWHERE, TrainingConfig, refuse_changed_config
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,14 @@ from scripts.config import TrainingConfig, refuse_changed_config
         ({"attention_options": {"n_kv_head": 1}}, ["attention_options", "n_kv_head", "n_kv_heads"]),
         ({"attention_options": {"n_kv_heads": "two"}}, ["n_kv_heads", "two"]),
         ({"corpus": []}, ["corpus"]),
+        ({"corpus": ""}, ["corpus: string should have at least 1 character, but got '' (str)"]),
+        ({"corpus": 5}, ["corpus: input should be a list, but got 5 (int)"]),
+        ({"n_kv_heads": 3}, ["an option of attention ccgqa and gqa: write -y '{attention_options: {n_kv_heads: 3}}'"]),
+        ({"window": 64}, ["window: ", "an option of attention gqa: write -y '{attention_options: {window: 64}}'"]),
+        ({"lr": 1}, ["lr: there is no such parameter; did you mean learning_rate?"]),
+        ({"seq_len": 128}, ["did you mean context_length?"]),
+        ({"Epochs": 1}, ["did you mean max_steps?"]),
+        ({"dropout": 0.5}, ["dropout: there is no such parameter; scripts/config.py lists all of them"]),
         ({"threads": 10**6}, ["threads"]),
         ({"a=1; import os": 2}, ["a=1; import os"]),
         ({"preset_name": "tiny", "max_steps": 0}, ["preset_name", "did you mean preset?", "max_steps"]),
@@ -44,6 +52,19 @@ def test_bad_parameters_are_named(parameters: dict[str, object], words: list[str
         TrainingConfig.from_parameters(parameters)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_what_other_programs_call_a_field_is_a_field_here() -> None:
+    names = {field.name for field in fields(TrainingConfig)}
+    assert set(CALLED_ELSEWHERE.values()) <= names
+    assert not set(CALLED_ELSEWHERE) & names
+
+
+def test_of_a_bad_item_only_the_item_is_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig.from_parameters({"corpus": ["a", 7, ""]})
+    assert len(str(caught.value).splitlines()) == 2
+    assert "items" not in str(caught.value)
 
 
 def test_the_constructor_and_replace_tell_the_same() -> None:
