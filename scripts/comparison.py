@@ -230,9 +230,8 @@ class ComparisonConfig:
     def question(self) -> str:
         """What is asked for, in words."""
         base = self.training_config(self.baseline)
-        changed = [
-            f"{name} {json.dumps(mine)}" for name, (_, mine) in self.differences().items() if name != "attention_code"
-        ]
+        told = {"arms", "baseline", "equal", "n_seeds", "preset", "max_steps", "attention_code"}
+        changed = [f"{name} {json.dumps(mine)}" for name, (_, mine) in self.differences().items() if name not in told]
         return (
             f"{', '.join(self.arms)} against {self.baseline}, at equal "
             f"{', equal '.join(name.replace('_', ' ') for name in self.equal)}: models of {base.n_layers} blocks, "

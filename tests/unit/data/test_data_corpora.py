@@ -1,6 +1,7 @@
 """Corpora: what is read, how it is cut and split, and what is refused."""
 
 import importlib.metadata
+import os
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,14 @@ def test_a_file_that_ends_within_a_character_is_not_text(tmp_path: Path) -> None
     (tmp_path / "cut.txt").write_bytes(b"good\n" * 50_000 + "é".encode()[:1])
     with pytest.raises(DataError, match=r"must be utf-8 text, but .*cut\.txt"):
         read_corpus(spec_of("cut.txt"), tmp_path)
+
+
+def test_a_pipe_is_told_from_a_path_that_is_not_there(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"must be a file or folder, but .*pipe is neither .*; save its text to a file"):
+        check_corpus(spec_of("pipe"), tmp_path)
+    with pytest.raises(DataError, match=r"there is no .*nothing"):
+        check_corpus(spec_of("nothing"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import base64
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from hydra.notebook import comparison
 from hydra.notebook.figures import corpus_section, curves_section, samples_section
 from hydra.notebook.markup import Section
 from hydra.notebook.plan import Plan
@@ -224,3 +226,46 @@ def test_a_report_is_replaced_whole(make_run: Callable[..., Run], done_status: R
     assert render_report(notebook(), plan, None) == path
     assert kept.read_text() == "old"
     assert not list(plan.run_dir.glob(".*"))
+
+
+def test_a_long_log_is_folded_and_its_end_stays(
+    make_run: Callable[..., Run], done_status: RunStatus, plan: Plan
+) -> None:
+    make_run(done_status)
+    lines = [f"step {number}/60 {HOSTILE}" for number in range(60)]
+    short = "\n".join(lines[:12])
+    nb = notebook(
+        new_code_cell("watch(run)", outputs=[new_output("stream", text="\n".join(lines) + "\n")]),
+        new_code_cell("print(short)", outputs=[new_output("stream", text=short)]),
+    )
+    soup = render(nb, plan)
+    folded = soup.find("details", class_="log")
+    assert folded.summary.get_text() == "55 earlier lines"
+    assert folded.pre.get_text() == "\n".join(lines[:55])
+    assert folded.find_next_sibling("pre").get_text() == "\n".join(lines[55:])
+    assert short in [pre.get_text() for pre in soup.find_all("pre")]
+
+
+def test_a_comparison_tells_each_verdict_and_what_was_left_out_in_a_line(
+    make_run: Callable[..., Run], done_status: RunStatus, plan: Plan
+) -> None:
+    run = make_run(replace(done_status, unit="run"))
+    arm = {"name": "mla", "mean_difference": -0.01, "verdict": "better"}
+    compared = {"baseline": "gqa", "unit": "bits per byte", "arms": [arm]}
+    left_out = [{"name": "lightning", "reason": "no layer of it has one"}]
+    results = {
+        "comparisons": {
+            "parameters": {"arms": [{}, {}], "left_out": [], "comparison": compared},
+            "flops": {"arms": [{}, {}], "left_out": [], "comparison": compared},
+            "kv_bytes": {"arms": [{}], "left_out": left_out, "comparison": None},
+        }
+    }
+    (run.directory / "results.json").write_text(json.dumps(results))
+    told = [
+        "At equal parameters, against gqa, bits per byte: better: mla (-0.010).",
+        "At equal FLOPs, against gqa, bits per byte: better: mla (-0.010).",
+        "Left out at equal KV bytes, with no arm left: lightning, because no layer of it has one.",
+    ]
+    assert comparison.answer_lines(run) == told
+    assert comparison.answer(run, run.status()) == told
+    assert comparison.answer(run, replace(run.status(), status="running"))[0] == "Not all comparisons are done."

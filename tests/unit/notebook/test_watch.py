@@ -12,7 +12,7 @@ import pytest
 from hydra.notebook.charts import decimate
 from hydra.notebook.markup import Section, format_bytes, format_number, thin
 from hydra.notebook.plan import Request
-from hydra.notebook.progress import describe, format_duration
+from hydra.notebook.progress import Progress, describe, format_duration
 from hydra.notebook.watch import watch
 from hydra.runtime import Run, RunStatus
 from hydra.runtime.paths import next_free
@@ -187,3 +187,28 @@ def test_the_command_names_the_run_directory_where_it_is_not_the_usual_one(
         request.command("hydra", [], Path("/x/y"))
         == "papermill job.ipynb /x/y/job.ipynb --engine hydra -r run_dir /x/y"
     )
+
+
+def test_a_run_at_work_says_first_what_one_should_know_of_it(
+    make_run: Callable[..., Run], running: RunStatus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = replace(running, unit="run", step=0, max_steps=45, stage="equal flops: mla, seed 0", message="left out: x")
+    run = make_run(status)
+    with Progress(run, 20, shown=True):
+        time.sleep(1.2)
+    assert capsys.readouterr().err.splitlines() == [
+        "left out: x",
+        "cell 1/20 | run 0/45 | equal flops: mla, seed 0 | loss 4.0000 | 12,345 tokens/s",
+    ]
+
+
+def test_a_run_that_was_cut_off_is_not_said_to_be_stopped_when_it_goes_on(
+    make_run: Callable[..., Run], running: RunStatus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = replace(
+        running, status="interrupted", unit="run", step=12, max_steps=45, stage="stopped", cause="SIGTERM"
+    )
+    run = make_run(stopped, n_records=0)
+    with Progress(run, 20, shown=True):
+        time.sleep(1.2)
+    assert capsys.readouterr().err.splitlines() == ["cell 1/20 | goes on from run 12/45"]

@@ -9,8 +9,9 @@ import pytest
 
 from hydra.errors import ConfigError, RunError
 from hydra.notebook.parameters import resolve_run_dir
-from hydra.notebook.plan import TRAINING, Plan, Request
+from hydra.notebook.plan import COMPARISON, TRAINING, Plan, Request
 from hydra.runtime import Run
+from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
 from scripts.launch import write_config_once
 from scripts.papermill_engine import HydraEngine
@@ -138,3 +139,41 @@ def test_a_data_dir_may_be_a_folder_that_is_only_read(
     (tmp_path / "data" / ("a" * 64)).mkdir()
     (tmp_path / "data" / ("a" * 64) / "manifest.json").touch()
     make_plan()
+
+
+def test_the_trainer_says_what_goes_on_with_a_comparison(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from scripts import trainer
+
+    write_config_once(ComparisonConfig.from_parameters({"preset": "tiny", "arms": ["ccgqa"]}), tmp_path / "x")
+    assert trainer.main([str(tmp_path / "x")]) == trainer.EXIT_BAD_CONFIG
+    assert "x/config.json: this is a comparison, not a training run; python -m scripts.compare DIR" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["state.json", "results.json"])
+def test_damage_in_the_folder_of_a_comparison_is_named(
+    make_plan: Callable[..., Plan], tmp_path: Path, name: str
+) -> None:
+    given = {**TINY, "arms": ["ccgqa"], "data_dir": str(tmp_path / "data")}
+    write_config_once(ComparisonConfig.from_parameters(given), tmp_path / "x")
+    make_plan(COMPARISON, arms=["ccgqa"])
+    (tmp_path / "x" / name).write_text("garbage")
+    with pytest.raises(RunError, match=f"{name} must be as it was written"):
+        make_plan(COMPARISON, arms=["ccgqa"])
+    with pytest.raises(RunError, match=r"max_steps: the preset's there, 30 asked for"):
+        make_plan(COMPARISON, arms=["ccgqa"], max_steps=30)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "told"),
+    [
+        ({"corpus": 5}, "-y '{corpus: [a, b]}'"),
+        ({"attention_options": 5}, "-y '{attention_options: {key: value}}'"),
+    ],
+    ids=str,
+)
+def test_a_number_in_place_of_a_list_is_told_how_lists_are_given(
+    make_plan: Callable[..., Plan], parameters: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(**parameters)
+    assert told in str(caught.value)
