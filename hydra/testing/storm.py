@@ -236,6 +236,16 @@ def truncate(path: Path, moments: random.Random) -> None:
     os.truncate(path, moments.randrange(path.stat().st_size))
 
 
+def empty(path: Path, moments: random.Random) -> None:
+    """Keep the name alone."""
+    os.truncate(path, 0)
+
+
+def cut_last_byte(path: Path, moments: random.Random) -> None:
+    """Keep all but one byte."""
+    os.truncate(path, path.stat().st_size - 1)
+
+
 def zero_page(path: Path, moments: random.Random) -> None:
     """Overwrite one page with zeros, one that is not all zeros."""
     content = bytearray(path.read_bytes())
@@ -261,7 +271,7 @@ def swap(path: Path, moments: random.Random) -> None:
     os.rename(between, other)
 
 
-DAMAGES: tuple[Damage, ...] = (flip_bit, truncate, truncate, truncate, zero_page, delete, swap)
+DAMAGES: tuple[Damage, ...] = (flip_bit, empty, truncate, cut_last_byte, zero_page, delete, swap)
 """What storage does to files: each is tried on each."""
 
 
