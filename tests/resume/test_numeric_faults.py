@@ -18,7 +18,7 @@ from hydra.testing import storm
 
 MakeRun = Callable[..., Path]
 NAN, INF = math.nan, math.inf
-RUN = {
+RUN: dict[str, Any] = {
     "max_steps": 56,
     "batch_size": 8,
     "micro_batch_size": 8,
@@ -184,5 +184,5 @@ def test_a_clock_that_is_set_changes_nothing(undisturbed: Path) -> None:
     assert list(map(step_of, list_checkpoints(run_dir))) == list(map(step_of, list_checkpoints(undisturbed)))
     for age, directory in enumerate(list_checkpoints(run_dir)):
         storm.set_age(directory, 3600.0 * age)
-    assert newest_whole(run_dir) == list_checkpoints(run_dir)[-1]
+    assert newest_whole(run_dir) == checkpoint_directory(run_dir, RUN["max_steps"])
     assert all(record["elapsed_s"] < 600 for record in Run.open(run_dir).metrics())
