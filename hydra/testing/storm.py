@@ -138,15 +138,15 @@ def kill_until_done(run_dir: Path, n_kills: int, moments: random.Random) -> list
 
 
 def stop_at_random(run_dir: Path, signals: Sequence[str], moments: random.Random) -> int:
-    """Send the signals to the run 0 to 1 s after its trainer owns it; a SIGKILL after 2 s of grace.
+    """Send the signals to the run 0 to 0.8 s after its trainer owns it, or after it trains; a SIGKILL 2 s later.
 
     Returns:
         Steps that were lost: between the last one that it computed and its newest checkpoint; -1 when the run was done
         before the signal came.
     """
     process = start_trainer(run_dir)
-    wait_until(process, run_dir)
-    time.sleep(moments.uniform(0.0, 1.0))
+    wait_until(process, run_dir, moments.choice(((), AT_WORK, AT_WORK)))
+    time.sleep(moments.uniform(0.0, 0.8))
     for name in signals:
         if name == "SIGKILL":
             with contextlib.suppress(subprocess.TimeoutExpired):
