@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,13 @@ def import_interpreted() -> None:
 
 if is_triton_installed():
     import_interpreted()
+
+
+@pytest.fixture(autouse=True)
+def deterministic_mode_ends_with_the_test() -> Iterator[None]:
+    """A trainer turns it on for its process, which is the tests' own where one is trained in place."""
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

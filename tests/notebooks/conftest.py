@@ -101,7 +101,7 @@ def wait_until() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def start_trainer_source() -> str:
-    """A cell that starts the fake trainer on the notebook's run directory and waits for nothing."""
+    """A cell that starts the fake trainer on the notebook's run directory and waits only until an old end is history."""
     return (
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
         "from pathlib import Path\n"
@@ -111,5 +111,7 @@ def start_trainer_source() -> str:
         "run_directory().mkdir(parents=True, exist_ok=True)\n"
         "(run_directory() / 'config.json').write_text('{}')\n"
         "start_trainer(run_directory(), N_STEPS)\n"
-        "run = Run.open(run_directory())"
+        "run, deadline = Run.open(run_directory()), time.monotonic() + 30\n"
+        "while run.status().status == 'interrupted' and time.monotonic() < deadline:\n"
+        "    time.sleep(0.01)"
     )

@@ -498,7 +498,7 @@ def test_the_run_of_a_leaky_job_is_as_any_other(leaky_job: tuple[Path, str]) -> 
     assert nb.metadata.papermill.parameters.token == "[masked]"
     assert 'token = "[masked]"' in "".join(cell.source for cell in nb.cells)
     failed = json.loads((root / "runs" / "failing" / "state.json").read_text())
-    assert failed["message"] == "RuntimeError('no access with [masked] or [masked]')"
+    assert failed["message"].startswith("RuntimeError('no access with [masked] or [masked]')")
 
 
 def test_nothing_opens_the_network(leaky_job: tuple[Path, str]) -> None:

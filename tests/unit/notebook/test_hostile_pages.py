@@ -177,7 +177,7 @@ def test_every_vector_in_every_place_of_a_run(
     run = make_run(replace(done_status, status="failed", cause=everything, message=everything, stage=everything))
     directory = run.directory.rename(run.directory.with_name(VECTORS[4].replace("/", "")))
     record = {"step": 51, everything: 1.0, "loss_nats": 1.0}
-    sample = {"step": everything, "prompt": everything, "text": everything}
+    sample = {"step": 51, "prompt": everything, "text": everything}
     (directory / "metrics.jsonl").open("a").write(json.dumps(record) + "\n")
     (directory / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     (directory / "trainer.log").write_text("\n".join(VECTORS))

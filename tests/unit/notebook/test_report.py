@@ -213,7 +213,7 @@ def test_a_job_that_ended_before_its_run_began(plan: Plan) -> None:
     assert (
         soup.find(class_="answer").get_text() == "There is no answer yet: nothing was measured on the validation text."
     )
-    assert soup.find(class_="tiles").dd.get_text() == "new, step 0 of 0"
+    assert soup.find(class_="tiles").dd.get_text() == "queued, step 0 of 0"
     assert plan.command in soup.get_text()
 
 
