@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from hydra.kernels.dispatch import is_triton_installed
 from hydra.testing import storm

@@ -101,9 +101,9 @@ def wait_until() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def start_trainer_source() -> str:
-    """A cell that starts the fake trainer on the notebook's run directory and waits only until an old end is history."""
+    """A cell that starts the fake trainer on the notebook's run directory and waits until an old end is history."""
     return (
-        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        f"import sys, time; sys.path.insert(0, {str(HERE)!r})\n"
         "from pathlib import Path\n"
         "from fake_engine import start_trainer\n"
         "from hydra.notebook import run_directory, watch\n"
