@@ -66,7 +66,7 @@ def check_path(given: str, what: str) -> None:
         raise ConfigError(f"{what} must be a path of printable characters without braces, but got {given!r}")
     if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in Path(given).parts):
         raise ConfigError(
-            f"{what} must be a path of names of at most {MAX_NAME_BYTES} bytes, but got {given[:80]!r}...; give another"
+            f"{what} must be a path of names of at most {MAX_NAME_BYTES} bytes, but got {given[:80]!r}..."
         )
     if "://" in given:
         raise ConfigError(f"{what} must be a path on this machine, but got {given!r}; fetch the file first")

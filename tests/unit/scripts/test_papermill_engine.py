@@ -116,7 +116,7 @@ def test_a_run_without_its_config_is_told_from_a_folder_of_something_else(
         make_plan(name="other")
 
 
-@pytest.mark.parametrize("place", ["/proc/foo", "/sys/foo/bar", "/dev/null/x", "a" * 300])
+@pytest.mark.parametrize("place", ["/proc/foo", "/sys/foo/bar", "/dev/null/x"])
 def test_a_folder_in_which_nobody_can_write_is_named_by_its_parameter(
     make_plan: Callable[..., Plan], place: str
 ) -> None:
