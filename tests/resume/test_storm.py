@@ -21,7 +21,7 @@ def undisturbed(make_run: MakeRun) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(("path", "n_kills"), [("plain", N_KILLS), ("blocked", N_KILLS), ("tiled", 3)])
+@pytest.mark.parametrize(("path", "n_kills"), [("plain", N_KILLS), ("blocked", 8), ("tiled", 4)])
 def test_killed_again_and_again(
     path: str, n_kills: int, make_run: MakeRun, request: pytest.FixtureRequest, moments: random.Random
 ) -> None:
@@ -44,7 +44,7 @@ def test_killed_again_and_again(
         kills += killed_at
         epochs = Counter(step * 6 * 32 // epoch_tokens(run_dir) for step in killed_at)
         most_in_an_epoch = max(most_in_an_epoch, *epochs.values())
-    assert most_in_an_epoch >= 3 or n_kills < N_KILLS
+    assert most_in_an_epoch >= 3 or path == "tiled"
     assert storm.non_finite_tensors(run_dir) == []
 
 
