@@ -49,7 +49,7 @@ def test_killed_again_and_again(
 
 
 def test_asked_to_stop_it_loses_no_step(make_run: MakeRun, undisturbed: Path, moments: random.Random) -> None:
-    requests = [["SIGTERM"], ["SIGTERM", "SIGTERM"], ["SIGTERM", "SIGKILL"], ["SIGINT"], ["SIGHUP"]]
+    requests = [["SIGTERM"], ["SIGTERM", "SIGTERM"], ["SIGINT"], ["SIGHUP"], ["SIGTERM", "SIGKILL"]]
     n_stopped = 0
     while requests:
         run_dir = make_run("stopped", **storm.LONG)
