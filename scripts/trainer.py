@@ -210,6 +210,7 @@ class Trainer:
     def _train_as_owner(self) -> None:
         self.ledger.begin(self.config.max_steps)
         try:
+            keep_source(self.run_dir)
             self.stop.when_received = self._abandon_preparation
             if self.stop.signal_name:
                 self._abandon_preparation(self.stop.signal_name)
@@ -350,11 +351,10 @@ class Trainer:
         if not is_finite:
             self._require_finite_weights()
         if not self.guard.may_skip(number, config.max_skipped_steps):
-            is_first = number == len(self.guard.skipped_steps) + 1
             message = (
                 f"loss and gradient norm must be finite and not far beyond what is usual, but in step {number} "
                 f"{reason} (rows {rows} of the train stream), and {len(self.guard.skipped_steps)} steps were skipped "
-                f"before; the weights have not moved. {self._advise_in_first_step() if is_first else self._advise()}"
+                f"before; the weights have not moved. {self._advise()}"
             )
             raise SpikeError(message) if is_finite else NotFiniteError(message)
         self.guard.skipped_steps.append(number)
@@ -362,6 +362,10 @@ class Trainer:
         append_record(self.run_dir / paths.SKIPPED, {"step": number, "reason": reason, "rows": rows})
 
     def _advise(self) -> str:
+        if not self.guard.has_taken_any and self.config.attention_code:
+            return f"No learning rate has acted yet: see whether the attention class is finite, {CARD}"
+        if not self.guard.has_taken_any:
+            return "No learning rate has acted yet: these are the first weights; try dtype=float32"
         rates = "learning_rate" if self.config.optimizer == "adamw" else "muon_learning_rate and learning_rate"
         return f"Lower {rates}, or raise warmup_steps (max_skipped_steps, if it was chance)"
 
@@ -630,12 +634,6 @@ class Trainer:
         check_before_training(specs, self.config.context_length)
         record_checked_code(self.run_dir, hashes)
 
-    def _advise_in_first_step(self) -> str:
-        """No rate has acted before the first step has ended."""
-        if self.config.attention_code:
-            return f"No learning rate has acted yet: see whether the attention class is finite, {CARD}"
-        return "No learning rate has acted yet: these are the first weights; try dtype=float32"
-
     def _plan_memory(self, choices: Choices) -> Choices:
         """Choose micro-batch and checkpointing so that a step fits the memory, in the run's first session for good.
 
@@ -802,7 +800,6 @@ def main(arguments: list[str]) -> int:
         ranks = Ranks.join()
         if not ranks.is_first:
             return assist(config, run_dir, stop, ranks)
-        keep_source(run_dir)
         result = Trainer(config, run_dir, stop, ranks).train()
     except HydraError as error:
         logger.error("%s", error)

@@ -44,9 +44,14 @@ class SpikeGuard:
         return None
 
     def may_skip(self, step: int, most: int) -> bool:
-        """Whether step number `step` may be skipped too, if the run may skip `most`."""
+        """Whether step number `step` may be skipped too, if the run may skip `most`: not before one was taken."""
         is_in_a_row = self.skipped_steps[-MOST_IN_A_ROW:] == list(range(step - MOST_IN_A_ROW, step))
-        return len(self.skipped_steps) < most and not is_in_a_row
+        return self.has_taken_any and len(self.skipped_steps) < most and not is_in_a_row
+
+    @property
+    def has_taken_any(self) -> bool:
+        """Whether a step was taken yet: until then what is not finite is so by the first weights, or by the data."""
+        return bool(self._taken["loss_nats"])
 
     def remember(self, loss_nats: float, grad_norm: float) -> None:
         """Count a step that was taken."""

@@ -1,6 +1,8 @@
 """A copy of the source that a run is computed by, so that a run of changed or uncommitted code can be had again."""
 
+import contextlib
 import hashlib
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +19,16 @@ def source_sha256() -> str:
 
 
 def keep_source(run_dir: Path) -> None:
-    """Keep that source as `source/<first of its SHA-256>.zip`; the same source is kept once."""
+    """Keep that source as `source/<first of its SHA-256>.zip`; on one disk all runs of one folder share the file."""
     files = _read_files()
     archive = run_dir / SOURCE / f"{_digest(files)[:16]}.zip"
     if archive.exists():
         return
     archive.parent.mkdir(exist_ok=True)
+    for same in run_dir.parent.glob(f"*/{SOURCE}/{archive.name}"):
+        with contextlib.suppress(OSError):  # a file system without links
+            os.link(same, archive)
+            return
     temporary = archive.with_name(f".{archive.name}.tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as opened:
         for name, content in files.items():

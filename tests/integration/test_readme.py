@@ -4,11 +4,14 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from hydra.runtime import Run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -38,7 +41,7 @@ def test_the_lines_that_load_and_sample_a_model(
     assert start_trainer(run_dir).wait(timeout=120) == 0
     moved = tmp_path / "elsewhere"
     run_dir.rename(moved)
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     assert len([line for line in BLOCKS[1].splitlines() if line]) == 5
     program = BLOCKS[1].replace("runs/pretrain", str(moved))
     said = [run_python(program) for _ in range(2)]
@@ -74,6 +77,26 @@ def test_an_attention_of_ones_own(tmp_path: Path) -> None:
     assert "everything holds" in said
     assert "decaying is done at step 20 of 20" in said
     assert (tmp_path / "decaying" / "code" / "my_attention.py").read_text() == BLOCKS[5]
+
+
+def test_the_lines_that_look_at_a_step_again(
+    make_run: Callable[..., Path], start_trainer: Callable[[Path], "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    run_dir = make_run("again")
+    assert start_trainer(run_dir).wait(timeout=120) == 0
+    program = BLOCKS[7].replace("runs/pretrain", str(run_dir)).replace("runs/lower", f"{tmp_path}/lower")
+    said = run_python(program.replace("412", "12").replace("400", "10"))
+    assert "bit for bit as recorded" in said
+    parent = json.loads((tmp_path / "lower" / "parent.json").read_text())
+    assert (parent["run"], parent["step"]) == ("again", 10)
+    wait_until_done(tmp_path / "lower")
+
+
+def wait_until_done(run_dir: Path) -> None:
+    deadline = time.monotonic() + 60
+    while Run.open(run_dir).status().status != "done":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_the_house_that_readme_describes_is_the_one_that_stands() -> None:

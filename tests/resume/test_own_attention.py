@@ -186,7 +186,8 @@ def test_no_rate_is_blamed_for_the_first_step(
 ) -> None:
     body = "return self.proj(x) * (torch.nan if x.shape[1] == 32 else 1)"
     run_dir, message = refuse(body, tmp_path, shared_data_dir, corpus_dir, start_trainer)
-    assert "in step 1; the weights have not moved. No learning rate has acted yet" in message
+    assert "in step 1 loss_nats is nan" in message
+    assert "the weights have not moved. No learning rate has acted yet" in message
     assert "python -m hydra.testing path.py:Class" in message
     assert "Lower" not in message
     # What was checked once is not checked again, by hash; nor is it lost with the next session.
