@@ -65,7 +65,14 @@ def start_trainer(run_dir: Path, faults: Faults = ()) -> "subprocess.Popen[str]"
             json.dump(list(faults), file)
         command = [sys.executable, "-m", "hydra.testing.faults", file.name, TRAINER, str(run_dir)]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Whoever started us under nohup did not mean it for the trainer.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 
