@@ -141,14 +141,14 @@ def load_checkpoint(directory: Path, groups: tuple[str, ...]) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    hashes = {name: described["sha256"] for name, described in _read_manifest(directory).items()}
+    files = _read_manifest(directory)
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in [*(f"{group}.safetensors" for group in groups), TRAINER_STATE]:
         path = directory / name
-        if name not in hashes or not path.is_file():
+        if name not in files or not path.is_file():
             raise CheckpointError(_damaged(path, "is missing"))
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != hashes[name]:
+        if files[name] != {"n_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}:
             raise CheckpointError(_damaged(path, "has changed since it was written (SHA-256 differs)"))
         try:
             if name == TRAINER_STATE:
