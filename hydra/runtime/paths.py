@@ -109,11 +109,16 @@ def resolve_run_dir(given: str | Path, what: str = "run_dir") -> Path:
 def refuse_links_out(run_dir: Path) -> None:
     """Return if no link in a run directory leads out of it: who reads or writes the run would read or write elsewhere.
 
+    What lies in `wandb/` is W&B's, which links to logs of its own there, and is read by nobody else.
+
     Raises:
         RunError: naming the link.
     """
     inside = run_dir.resolve()
     for folder, directories, files in os.walk(run_dir):
+        if Path(folder) == run_dir / WANDB:
+            directories.clear()
+            continue
         for path in (Path(folder, name) for name in (*directories, *files)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
                 raise RunError(

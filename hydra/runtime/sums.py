@@ -47,8 +47,13 @@ def find_changes(run_dir: Path) -> list[str]:
 
 
 def _files(run_dir: Path) -> list[str]:
+    """But for what W&B keeps there, which it goes on to change when it is sent."""
     found = (str(Path(folder, name).relative_to(run_dir)) for folder, _, names in os.walk(run_dir) for name in names)
-    return sorted(name for name in found if name not in NOT_OF_THE_RUN and not Path(name).name.startswith("."))
+    return sorted(
+        name
+        for name in found
+        if name not in NOT_OF_THE_RUN and not Path(name).name.startswith(".") and Path(name).parts[0] != paths.WANDB
+    )
 
 
 def _hash(file: Path) -> str:
