@@ -49,14 +49,17 @@ def step_of(directory: Path) -> int:
     return int(directory.name.removeprefix("step-"))
 
 
-def newest_whole(run_dir: Path, *, sets_aside: bool = False) -> Path | None:
+def newest_whole(run_dir: Path, *, before: int | None = None, sets_aside: bool = False) -> Path | None:
     """The newest checkpoint whose every file is as it was written; None if there is none. Damaged ones are logged.
 
     Args:
+        before: look at those of fewer finished steps only.
         sets_aside: rename damaged ones to `damaged-step-...`, so that nothing takes them for checkpoints again. For
             the owner of the run only.
     """
     for directory in reversed(list_checkpoints(run_dir)):
+        if before is not None and step_of(directory) >= before:
+            continue
         try:
             check_checkpoint(directory)
         except CheckpointError as error:

@@ -7,9 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hydra.errors import CheckpointError
 from hydra.runtime import paths
-from hydra.runtime.checkpoint import check_checkpoint, list_checkpoints, step_of
+from hydra.runtime.checkpoint import newest_whole
 from hydra.runtime.run import Run
 
 # What a run goes on by, beside its checkpoints and its code.
@@ -31,19 +30,10 @@ def copied(run: Run, before: int | None = None) -> Iterator[Path]:
                 shutil.copy2(run.directory / name, copy / name)
         if (run.directory / paths.CODE).is_dir():
             shutil.copytree(run.directory / paths.CODE, copy / paths.CODE)
-        for directory in reversed(list_checkpoints(run.directory)):
-            if (before is None or step_of(directory) < before) and _is_whole(directory):
-                shutil.copytree(directory, copy / paths.CHECKPOINTS / directory.name, copy_function=_link)
-                break
+        newest = newest_whole(run.directory, before=before)
+        if newest is not None:
+            shutil.copytree(newest, copy / paths.CHECKPOINTS / newest.name, copy_function=_link)
         yield copy
-
-
-def _is_whole(directory: Path) -> bool:
-    try:
-        check_checkpoint(directory)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _link(source: str, target: str) -> None:
