@@ -18,7 +18,8 @@ from hydra.runtime.memory.plan import Rung
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
 from scripts.planning import predict_peak
-from scripts.trainer import COMPILE_CACHE, execution_of
+from scripts.preparation import execution_of
+from scripts.trainer import COMPILE_CACHE
 
 TRAINING_TOKENS = 2048
 """Tokens of the batch whose forward and backward pass is timed; one row where that is longer."""

@@ -220,6 +220,9 @@ class TrainingConfig:
     """Newest checkpoints that are kept."""
     keep_best: bool = True
     """Whether the checkpoint with the lowest loss on the validation text is written and kept as well."""
+    checkpoints_in_background: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy of weights and optimizer state that takes as
+    much memory as they do."""
     when_disk_is_full: Literal["stop", "go_on"] = "stop"
     """What a checkpoint does for which there is no room: end the run, or leave it to the next one."""
     allow_changes: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
@@ -562,6 +565,7 @@ ADDED_LATER: Mapping[str, object] = {
     "spike_deviations": 0.0,
     "max_skipped_steps": 0,
     "keep_best": False,
+    "checkpoints_in_background": False,
     "when_disk_is_full": "stop",
     "allow_changes": (),
     "wandb_mode": "disabled",
@@ -596,6 +600,7 @@ CHANGEABLE = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "keep_best",
+        "checkpoints_in_background",
         "when_disk_is_full",
         "sample_tokens",
         "sample_prompt",

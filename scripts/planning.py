@@ -44,6 +44,7 @@ from hydra.runtime.memory.plan import (
 )
 from hydra.runtime.memory.tracker import Rehearsal
 from scripts.config import TrainingConfig
+from scripts.preparation import execution_of
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens of a micro-batch that is left to choose: more do not make matrix products faster on a CPU, whose caches then
@@ -79,6 +80,7 @@ def plan_memory(
         predictions[rung] = predict_peak(config, choices, vocab_size, rung)
         return predictions[rung].total
 
+    checkpoint_bytes = checkpoint_bytes_of(config, vocab_size)
     rung, tried = find_rung(ladder, total_of, limit.limit_bytes)
     if rung is None:
         least = min(tried, key=lambda one: tried[one])
@@ -91,7 +93,7 @@ def plan_memory(
             f"{'; or raise memory_limit_mib' if limit.source == 'memory_limit_mib' else ''}"
         )
     prediction = predictions[rung]
-    if rung.optimizer_offload:
+    if prediction.on_host:
         _check_host(prediction)
     return MemoryPlan(
         micro_batch_size=rung.micro_batch_size,
@@ -101,6 +103,7 @@ def plan_memory(
         prediction=prediction,
         limit_bytes=limit.limit_bytes,
         limit_source=limit.source,
+        checkpoint_bytes=checkpoint_bytes,
         tried=tuple(tried.items()),
     )
 
@@ -110,9 +113,10 @@ def _check_host(prediction: Prediction) -> None:
     limit = allowed_memory(read_memory("cpu"), 0)
     if prediction.on_host > limit.limit_bytes:
         raise MemoryLimitError(
-            f"the optimizer must fit the host's memory when it does not fit the GPU, but it takes "
-            f"{prediction.on_host / MIB:,.0f} MiB and {limit.limit_bytes / MIB:,.0f} MiB are allowed "
-            f"({limit.source}); take adam_state=8bit, a smaller model, or a machine with more memory"
+            f"what a run on a GPU keeps on the host must fit its memory, but the optimizer, where it does not fit the "
+            f"GPU, and copies for checkpoints_in_background take {prediction.on_host / MIB:,.0f} MiB and "
+            f"{limit.limit_bytes / MIB:,.0f} MiB are allowed ({limit.source}); take adam_state=8bit, "
+            "checkpoints_in_background=False, a smaller model, or a machine with more memory"
         )
 
 
@@ -142,7 +146,21 @@ def predict_peak(config: TrainingConfig, choices: Choices, vocab_size: int, rung
             is_accumulating=n_micro_batches > 1,
         )
 
-    return cached_prediction(workspace_root() / config.data_dir / PLANS, digest_of(depends_on, SOURCES), compute)
+    plans = workspace_root() / config.data_dir / PLANS
+    prediction = cached_prediction(plans, digest_of(depends_on, SOURCES), compute)
+    if not config.checkpoints_in_background:
+        return prediction
+    copies = checkpoint_bytes_of(config, vocab_size)
+    if choices.device == "cuda":
+        return dataclasses.replace(prediction, on_host=prediction.on_host + copies)
+    return dataclasses.replace(prediction, checkpoint_copies=copies)
+
+
+def checkpoint_bytes_of(config: TrainingConfig, vocab_size: int) -> int:
+    """The tensors of one checkpoint: float32 weights and the optimizer's state."""
+    with torch.device("meta"):
+        model = HydraModel(config.model_spec(vocab_size))
+    return 4 * model.n_parameters() + state_bytes(dict(model.named_parameters()), config.optimizer_spec())
 
 
 def _micro_batch_sizes(config: TrainingConfig, device: str) -> list[int]:
@@ -223,7 +241,7 @@ def forecast(config: TrainingConfig, run_dir: str | Path | None = None) -> Forec
         share_of_rate=SHARE_OF_RATE,
         # Embedding, loss and optimizer together are about as many calls as two blocks.
         overhead_s_per_step=OVERHEAD_S * (config.n_layers + 2) * memory.n_micro_batches,
-        checkpoint_bytes=4 * n_parameters + state_bytes(dict(model.named_parameters()), config.optimizer_spec()),
+        checkpoint_bytes=checkpoint_bytes_of(config, vocab_size),
         n_checkpoints=config.keep_checkpoints,
         n_logged_steps=config.max_steps // config.log_every,
     )
@@ -249,7 +267,7 @@ def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehea
     run that is compiled later than at its start is eager in the first step. Of a step with many micro-batches two are
     run, since the first makes the gradients that the others add to.
     """
-    from scripts.trainer import Trainer, execution_of  # it plans its memory by this module
+    from scripts.trainer import Trainer  # it plans its memory by this module
 
     if choices.attention_kernel in ONLY_ON_GPU:
         # Fake tensors stand on the CPU; what torch's own kernel keeps for its backward pass is as much.

@@ -7,7 +7,6 @@ Exit status: 0 done, 1 failed, 2 bad config, 75 cut off and resumable.
 """
 
 import contextlib
-import itertools
 import logging
 import math
 import os
@@ -22,22 +21,11 @@ from typing import Self, TypeVar
 import torch
 from torch import nn
 
-from hydra.attention.checks.before_training import check_before_training
-from hydra.attention.code import load_copies, place_of
+from hydra.attention.code import load_copies
 from hydra.attention.core import check_kernel
-from hydra.data import Batch, Dataset, open_dataset, prepare_dataset
-from hydra.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DiskFullError,
-    HydraError,
-    MemoryLimitError,
-    NotFiniteError,
-    OutOfMemoryError,
-    SpikeError,
-)
-from hydra.model.framework import Execution, HydraModel, build_model
+from hydra.data import Batch, Dataset
+from hydra.errors import ConfigError, DiskFullError, HydraError, NotFiniteError, OutOfMemoryError, SpikeError
+from hydra.model.framework import HydraModel, build_model
 from hydra.optim import (
     MasterWeights,
     build_optimizers,
@@ -47,18 +35,17 @@ from hydra.optim import (
     set_learning_rate,
 )
 from hydra.runtime import Run, paths, workspace_root
+from hydra.runtime.background import BackgroundSaver
 from hydra.runtime.checkpoint import Checkpoint, load_checkpoint, newest_whole, save_checkpoint
 from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
 from hydra.runtime.copies import copied
 from hydra.runtime.disk import is_disk_full, require_room
-from hydra.runtime.environment import is_code_checked, record_changes, record_checked_code
 from hydra.runtime.guard import SpikeGuard
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import log_to_standard_error, logging_to
-from hydra.runtime.memory import MemoryPlan, read_memory
+from hydra.runtime.memory import MemoryPlan
 from hydra.runtime.memory.exhaustion import give_back_memory, is_out_of_memory
 from hydra.runtime.memory.host import read_peak_bytes, reset_peak
-from hydra.runtime.memory.plan import allowed_memory
 from hydra.runtime.random_state import RandomState, seed_all
 from hydra.runtime.ranks import Ranks
 from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
@@ -66,25 +53,16 @@ from hydra.runtime.signals import StopRequest
 from hydra.runtime.source import keep_source
 from hydra.runtime.sums import write_sums
 from hydra.runtime.tracking import check_installed
-from scripts.config import TrainingConfig, refuse_difference
+from scripts.config import TrainingConfig
 from scripts.evaluation import as_written, evaluate, write_sample
 from scripts.launch import launch, write_config_once
+from scripts.preparation import check_own_classes, execution_of, find_changes, open_data, settle_memory
+from scripts.recovery import StartOverError, advise_on_spike, cause_and_message, half_of, require_finite_weights
 
 __all__ = ["RunResult", "StepResult", "Trainer", "launch"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-CAUSES = {
-    NotFiniteError: "not finite",
-    SpikeError: "loss spike",
-    CheckpointError: "damaged checkpoint",
-    DataError: "bad data",
-    OutOfMemoryError: "out of memory",
-    MemoryLimitError: "out of memory",
-    DiskFullError: "disk full",
-}
-"""How the ledger calls the errors that end a run; others go by their own names."""
-CARD = "python -m hydra.testing path.py:Class"
 COMPILE_CACHE = "compiled"  # under data_dir, shared by runs
 MAX_ROLLBACKS = 3
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_RESUMABLE = 0, 1, 2, 75
@@ -110,14 +88,6 @@ class StepResult:
     learning_rate: float
     skipped: str | None = None
     """Why the optimizers were not stepped, if they were not."""
-
-
-class StartOverError(Exception):
-    """The run must go back to its newest checkpoint: weights are damaged, or half of them were stepped."""
-
-    def __init__(self, message: str, *, needs_memory: bool = False) -> None:
-        super().__init__(message)
-        self.needs_memory = needs_memory
 
 
 class Trainer:
@@ -150,6 +120,7 @@ class Trainer:
         self.tokens = 0  # tokens that were trained on
         self.guard = SpikeGuard(config.spike_deviations)
         self.rollbacks = 0  # of this session
+        self.background: BackgroundSaver | None = None
         self._step_at_last_log = 0
         self._time_at_last_log = time.perf_counter()
 
@@ -231,14 +202,8 @@ class Trainer:
         except KeyboardInterrupt:
             self.ledger.finish("interrupted", stage="stopped", cause="KeyboardInterrupt", message="ended by its caller")
             raise
-        except HydraError as error:
-            cause = CAUSES.get(type(error), type(error).__name__)
-            self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=str(error))
-            raise
         except BaseException as error:
-            cause = "disk full" if isinstance(error, OSError) and is_disk_full(error) else "error"
-            place = place_of(error)
-            message = repr(error) if place is None else f"{error!r}, at {place} (look: {CARD})"
+            cause, message = cause_and_message(error)
             self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=message)
             raise
 
@@ -247,6 +212,7 @@ class Trainer:
         self._evaluate_if_due()
         while self.step < self.config.max_steps and not self.is_stopping:
             self._log_if_due(self.take_step())
+            self._reserve_if_due()
             self._evaluate_if_due()
             self._checkpoint_if_due()
 
@@ -284,17 +250,16 @@ class Trainer:
 
     def next_batch(self) -> Batch:
         """The global batch of the step after `self.step`."""
-        config = self.config
-        return self.dataset.train_batch(
-            self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
-        )
+        return self.dataset.train_batch(self.step, **self._batch_shape)
 
     def next_rows(self) -> list[int]:
         """The rows of the train stream that it is made of."""
+        return self.dataset.train_rows(self.step, **self._batch_shape)
+
+    @property
+    def _batch_shape(self) -> dict[str, int]:
         config = self.config
-        return self.dataset.train_rows(
-            self.step, seed=config.seed, n_rows=config.batch_size, n_tokens=config.context_length
-        )
+        return {"seed": config.seed, "n_rows": config.batch_size, "n_tokens": config.context_length}
 
     def forward_backward(self, batch: Batch) -> float:
         """Accumulate the gradient of the mean loss over all valid tokens of the batch; returns that mean in nats.
@@ -354,20 +319,12 @@ class Trainer:
             message = (
                 f"loss and gradient norm must be finite and not far beyond what is usual, but in step {number} "
                 f"{reason} (rows {rows} of the train stream), and {len(self.guard.skipped_steps)} steps were skipped "
-                f"before; the weights have not moved. {self._advise()}"
+                f"before; the weights have not moved. {advise_on_spike(config, self.guard.has_taken_any)}"
             )
             raise SpikeError(message) if is_finite else NotFiniteError(message)
         self.guard.skipped_steps.append(number)
         logger.warning("step %d is skipped: %s; it was computed from rows %s of the train stream", number, reason, rows)
         append_record(self.run_dir / paths.SKIPPED, {"step": number, "reason": reason, "rows": rows})
-
-    def _advise(self) -> str:
-        if not self.guard.has_taken_any and self.config.attention_code:
-            return f"No learning rate has acted yet: see whether the attention class is finite, {CARD}"
-        if not self.guard.has_taken_any:
-            return "No learning rate has acted yet: these are the first weights; try dtype=float32"
-        rates = "learning_rate" if self.config.optimizer == "adamw" else "muon_learning_rate and learning_rate"
-        return f"Lower {rates}, or raise warmup_steps (max_skipped_steps, if it was chance)"
 
     # ---------------------------------------------------------------- once in a while
 
@@ -434,7 +391,15 @@ class Trainer:
         self.model.train()
         self._time_at_last_log += time.perf_counter() - began
 
+    def _reserve_if_due(self) -> None:
+        """After its first step a session has all that a checkpoint holds, and the peak of memory still before it."""
+        background = self.background
+        if background and not background.is_ready:
+            self._within_memory(lambda: background.reserve(self.checkpoint()))
+
     def _checkpoint_if_due(self) -> None:
+        if self.background and self.background.has_failed:
+            self._save(self.background.finish, is_last=False)
         is_last = self.step == self.config.max_steps
         best = self._best_step()
         is_best = self.config.keep_best and self.step == best
@@ -443,25 +408,43 @@ class Trainer:
         began = time.perf_counter()
         self.ledger.update(stage="writing a checkpoint")
         self._require_finite_weights()
-        try:
+        save = self.background.save if self.background else save_checkpoint
+        kept = [best] if self.config.keep_best and best is not None else []
+
+        def write() -> None:
             self.metrics.sync()
             paths.sync_file(self.run_dir / paths.SAMPLES)
-            save_checkpoint(
-                self.run_dir,
-                self.step,
-                self.checkpoint(),
-                self.config.keep_checkpoints,
-                [best] if self.config.keep_best and best is not None else (),
-            )
+            save(self.run_dir, self.step, self.checkpoint(), self.config.keep_checkpoints, kept)
+            if self.background and (is_last or self.is_stopping):
+                self.background.finish()
+
+        self._save(write, is_last=is_last)
+        self.ledger.update(stage="training")
+        self._time_at_last_log += time.perf_counter() - began
+
+    def _save(self, write: Callable[[], None], *, is_last: bool) -> None:
+        """Do it; a full disk is met as the config says.
+
+        Raises:
+            DiskFullError: it ends the run.
+        """
+        try:
+            write()
         except OSError as error:
             if not is_disk_full(error):
                 raise
-            problem = f"a checkpoint of step {self.step} must be written, but the disk is full ({error})"
+            problem = f"a checkpoint at step {self.step} must be written, but the disk is full ({error})"
             if self.config.when_disk_is_full == "stop" or is_last:
                 raise DiskFullError(f"{problem}; make room and give the same command again") from None
             logger.warning("%s; going on without it", problem)
-        self.ledger.update(stage="training")
-        self._time_at_last_log += time.perf_counter() - began
+
+    def _finish_save(self) -> None:
+        """What is under way when a session ends early is still worth having."""
+        assert self.background is not None
+        try:
+            self.background.finish()
+        except OSError as error:
+            logger.warning("the checkpoint that was being written is lost: %s", error)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""
@@ -513,14 +496,8 @@ class Trainer:
             generators.restore()
 
     def _halve_micro_batch(self, refusal: str) -> None:
-        if self.micro_batch_size == 1:
-            raise OutOfMemoryError(
-                f"a step must fit the memory, but it was refused for one row at a time ({refusal}); use a shorter "
-                "context_length, activation_checkpointing full, or a smaller model"
-            )
+        fitting = half_of(self.micro_batch_size, self.config.batch_size, refusal)
         give_back_memory()
-        half = self.micro_batch_size // 2
-        fitting = next(size for size in range(half, 0, -1) if self.config.batch_size % size == 0)
         logger.warning(
             "memory was refused (%s); micro_batch_size %d becomes %d", refusal, self.micro_batch_size, fitting
         )
@@ -534,14 +511,9 @@ class Trainer:
         )
 
     def _require_finite_weights(self) -> None:
-        """Return if the weights are finite, as they must be when no step is ever taken from what is not."""
-        computed_with = dict(self.model.named_parameters())  # the same, or copies of fewer bits
-        for name, tensor in itertools.chain(self.masters.state_dict().items(), computed_with.items()):
-            # The sum is read once and is finite unless something is wrong, or huge.
-            if not math.isfinite(float(tensor.sum())) and not bool(tensor.isfinite().all()):
-                raise StartOverError(f"the weights {name} are not finite after step {self.step}")
+        require_finite_weights(self.model, self.masters.state_dict(), self.step)
 
-    def _start_over(self, error: "StartOverError") -> None:
+    def _start_over(self, error: StartOverError) -> None:
         """Build everything anew and go on from the newest checkpoint, or from the start: bounded, and logged.
 
         Raises:
@@ -559,7 +531,7 @@ class Trainer:
         seed_all(self.config.seed)
         if error.needs_memory:
             self._halve_micro_batch(problem)
-        self._build()
+        self._build(newest_whole(self.run_dir, sets_aside=True))
 
     # ---------------------------------------------------------------- before the first step, and after the last
 
@@ -573,18 +545,20 @@ class Trainer:
             )  # for the compiler: that optimizer's step is compiled from the start
 
         load_copies(self.config.attention_code, self.run_dir / paths.CODE)
-        self._check_own_classes()
+        if self.config.attention_code:
+            self.ledger.update(stage="checking attention classes")
+        check_own_classes(self.config, self.run_dir)
         self.ledger.update(stage="preparing data")
-        self.dataset = self._open_data()
+        self.dataset = open_data(self.config, self.run_dir)
         self._vocab_size = int(self.dataset.manifest["tokenizer"]["vocab_size"])
 
         give_back_freed_memory()
-        choices = self._plan_memory(choices)
-        require_room(self.run_dir, self._checkpoint_bytes())
-        self.choices = choices
-        self._build()
+        self.ledger.update(stage="planning memory")
+        self.plan, self.choices = settle_memory(self.config, self.run_dir, choices, self._changes, self._vocab_size)
+        require_room(self.run_dir, self.plan.checkpoint_bytes)
+        self._build(self._newest)
 
-    def _build(self) -> None:
+    def _build(self, newest: Path | None) -> None:
         """The model and its optimizers as the newest checkpoint has them, or as they are before the first step."""
         self.ledger.update(stage="building the model")
         spec = self.config.model_spec(self._vocab_size)
@@ -595,7 +569,9 @@ class Trainer:
             check_kernel(self.choices.attention_kernel, self.choices.device, dtype, block.attention.score_width)
         self.step = self.tokens = 0
         self.guard = SpikeGuard(self.config.spike_deviations)
-        newest = newest_whole(self.run_dir, sets_aside=True)
+        if self.config.checkpoints_in_background:
+            self.background = BackgroundSaver()
+            self._closing.callback(self._finish_save)
         if newest is not None:
             self._resume(newest)
 
@@ -619,52 +595,6 @@ class Trainer:
         self._step_at_last_log, self._time_at_last_log = self.step, time.perf_counter()
         self.model.train()
 
-    def _checkpoint_bytes(self) -> int:
-        """At most: weights, also those of fewer bits, which are not written, and the optimizer's state."""
-        prediction = self.plan.prediction
-        return prediction.parameters + prediction.optimizer + prediction.on_host
-
-    def _check_own_classes(self) -> None:
-        """Once in a run: attention classes of one's own see neither later tokens nor other documents; ConfigError."""
-        hashes = {path: record["sha256"] for path, record in self.config.attention_code.items()}
-        if is_code_checked(self.run_dir, hashes):
-            return
-        self.ledger.update(stage="checking attention classes")
-        specs = [layer.spec for layer in self.config.model_spec().plan_layers()]
-        check_before_training(specs, self.config.context_length)
-        record_checked_code(self.run_dir, hashes)
-
-    def _plan_memory(self, choices: Choices) -> Choices:
-        """Choose micro-batch and checkpointing so that a step fits the memory, in the run's first session for good.
-
-        Raises:
-            MemoryLimitError: nothing that may be chosen fits, or this machine has less than the run needs.
-        """
-        stored = paths.read_json(self.run_dir / paths.MEMORY_PLAN)
-        if stored and choices.micro_batch_size and "micro_batch_size" not in self._changes:
-            self.plan = MemoryPlan.from_dict(stored)
-            limit = allowed_memory(read_memory(choices.device), self.config.memory_limit_mib)
-            if self.plan.prediction.total > limit.limit_bytes:
-                raise MemoryLimitError(
-                    f"going on with this run takes {self.plan.prediction.total / 2**20:,.0f} MiB, but this machine "
-                    f"allows {limit.limit_bytes / 2**20:,.0f} MiB ({limit.source}); go on where there is more"
-                )
-            return choices
-        self.ledger.update(stage="planning memory")
-        # It pays to import this only here: a resumed run has its plan.
-        from scripts.planning import plan_memory
-
-        self.plan = plan_memory(self.config, choices, self._vocab_size)
-        logger.info("memory: %s", self.plan.describe())
-        paths.write_json(self.run_dir / paths.MEMORY_PLAN, self.plan.to_dict())
-        return settle(
-            self.run_dir,
-            choices,
-            micro_batch_size=self.plan.micro_batch_size,
-            activation_checkpointing=self.plan.activation_checkpointing,
-            optimizer_offload=self.plan.optimizer_offload,
-        )
-
     def assemble(self, model: HydraModel, choices: Choices) -> None:
         """Take the freshly initialised float32 `model` to train, and make what updates its weights."""
         self.model = model
@@ -685,32 +615,8 @@ class Trainer:
 
     def _refuse_other_run(self) -> None:
         """Where config.json has been changed since the newest checkpoint, that must be allowed."""
-        self._changes: dict[str, tuple[object, object]] = {}
-        newest = newest_whole(self.run_dir, sets_aside=True)
-        if newest is None:
-            return
-        state = load_checkpoint(newest, groups=()).trainer_state
-        stored = TrainingConfig.from_json(state["config"])
-        refuse_difference(self.config, stored, self.run_dir)
-        self._changes = self.config.differences(stored)
-        n_ranks = state.get("n_ranks", 1)  # runs of before were of one process
-        if n_ranks != self.ranks.count:
-            self._changes["n_ranks"] = (n_ranks, self.ranks.count)
-        if self._changes:
-            record_changes(self.run_dir, int(state["step"]), self._changes)
-
-    def _open_data(self) -> Dataset:
-        """The run's shards, prepared (again) when they are not there; those of other text or tokens are refused."""
-        data_dir = workspace_root() / self.config.data_dir
-        manifest = paths.read_json(self.run_dir / paths.MANIFEST)
-        if manifest and (data_dir / manifest["fingerprint"]).exists():
-            return open_dataset(manifest, data_dir)
-        dataset = prepare_dataset(self.config.data_spec(), data_dir, workspace_root())
-        if manifest:
-            return open_dataset(manifest, data_dir)
-        paths.write_atomically(self.run_dir / paths.TOKENIZER, dataset.tokenizer.to_str())
-        paths.write_json(self.run_dir / paths.MANIFEST, dataset.manifest)
-        return dataset
+        self._newest = newest_whole(self.run_dir, sets_aside=True)
+        self._changes = find_changes(self.config, self.run_dir, self._newest, self.ranks.count)
 
     def _resume(self, directory: Path) -> None:
         """Put weights, optimizer, generator and counters back as they were when the checkpoint was written."""
@@ -751,15 +657,6 @@ class Trainer:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
         return read_peak_bytes() / 2**20
-
-
-def execution_of(choices: Choices) -> Execution:
-    """How the model computes in a run of these choices."""
-    return Execution(
-        attention_kernel=choices.attention_kernel,
-        kernels=choices.kernels,
-        activation_checkpointing=choices.activation_checkpointing,
-    )
 
 
 # -------------------------------------------------------------------- starting it

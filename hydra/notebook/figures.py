@@ -169,7 +169,7 @@ def memory_section(run: Run) -> Section:
 
 
 def _memory_table(plan: MemoryPlan) -> str:
-    rows = [(kind, f"{n_bytes / MIB:,.0f} MiB") for kind, n_bytes in plan.prediction.by_kind().items()]
+    rows = [(kind, f"{n_bytes / MIB:,.0f} MiB") for kind, n_bytes in plan.prediction.by_kind().items() if n_bytes]
     by_kind = table(("at the predicted peak", "size"), rows)
     tried = [
         (

@@ -6,13 +6,14 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.errors import CheckpointError
 from hydra.runtime import paths
+from hydra.runtime.safetensors_format import safetensors_pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,46 +94,48 @@ def save_checkpoint(
     Everything is written to a directory beside, file by file with fsync, the manifest with every file's SHA-256 last;
     one rename makes it a checkpoint. A crash at any point leaves the checkpoints that were there.
     """
+    for _ in saving(run_dir, step, checkpoint, keep_last, keep_steps):
+        pass
+    return checkpoint_directory(run_dir, step)
+
+
+def saving(
+    run_dir: Path, step: int, checkpoint: Checkpoint, keep_last: int, keep_steps: Collection[int] = ()
+) -> Iterator[None]:
+    """What `save_checkpoint` does, in pieces of a few milliseconds (but for fsync), each of which any thread may do."""
     final = checkpoint_directory(run_dir, step)
     final.parent.mkdir(exist_ok=True)
     _remove_unfinished(final.parent)
     if final not in list_checkpoints(run_dir):
-        _write(final, checkpoint)
+        yield from _write(final, checkpoint)
     for old in list_checkpoints(run_dir)[:-keep_last]:
         if step_of(old) not in keep_steps:
             _remove(old)
-    return final
+            yield
 
 
-def _write(final: Path, checkpoint: Checkpoint) -> None:
+def _write(final: Path, checkpoint: Checkpoint) -> Iterator[None]:
     temporary = final.parent / f".writing-{final.name}"
     temporary.mkdir()
-    for group, tensors in checkpoint.tensors.items():
-        _write_tensors(temporary / f"{group}.safetensors", tensors)
-    (temporary / TRAINER_STATE).write_text(json.dumps(checkpoint.trainer_state, indent=2, allow_nan=False) + "\n")
-    files = {file.name: _describe(file) for file in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(_manifest_text(files))
-    for file in temporary.iterdir():
-        file.chmod(0o644)  # safetensors gives its files to their owner alone; a run is there to be shared
-        paths.sync_file(file)
+    files: dict[str, object] = {}
+    state = (json.dumps(checkpoint.trainer_state, indent=2, allow_nan=False) + "\n").encode()
+    contents = {f"{group}.safetensors": safetensors_pieces(tensors) for group, tensors in checkpoint.tensors.items()}
+    for name, pieces in {**contents, TRAINER_STATE: iter([memoryview(state)])}.items():
+        sha256, n_bytes = hashlib.sha256(), 0
+        with open(temporary / name, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+                sha256.update(piece)
+                n_bytes += len(piece)
+                yield
+        files[name] = {"n_bytes": n_bytes, "sha256": sha256.hexdigest()}
+    (temporary / MANIFEST).write_text(_manifest_text(dict(sorted(files.items()))))
+    for name in (*files, MANIFEST):
+        paths.sync_file(temporary / name)
+        yield
     paths.sync_directory(temporary)
     os.rename(temporary, final)
     paths.sync_directory(final.parent)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
-    """Raises OSError when the system refuses a write."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        # What the system said stands in its text alone.
-        refusal = re.search(r"\(os error (\d+)\)", str(error))
-        if refusal is None:
-            raise
-        raise OSError(int(refusal[1]), os.strerror(int(refusal[1])), str(path)) from error
 
 
 def load_checkpoint(directory: Path, groups: tuple[str, ...]) -> Checkpoint:

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -292,42 +292,46 @@ def _at_call_of_save(save: int, call: int, do: Callable[[], None]) -> None:
     """Do it before call `call` of the `save`-th checkpoint, and from there on before each write of that one."""
     from hydra.runtime import checkpoint
 
-    n_saves, n_calls, owner = 0, 0, threading.get_ident()
-    is_saving = False
+    n_saves, n_calls = 0, 0
+    saver: int | None = None  # the thread that is at a piece of that save
 
     def before(name: str) -> None:
         nonlocal n_calls
-        # The ledger's heartbeat and TensorBoard write from threads of their own.
-        if not is_saving or threading.get_ident() != owner:
+        # The ledger's heartbeat and TensorBoard write from threads of their own, a trainer while its save goes on.
+        if threading.get_ident() != saver:
             return
         n_calls += 1
         if n_calls == call or (n_calls > call and name == "write"):
             do()
 
-    real = checkpoint.save_checkpoint
+    real = checkpoint.saving
 
     @functools.wraps(real)
-    def counted(*args: Any, **named: Any) -> Path:
-        nonlocal n_saves, n_calls, is_saving
+    def counted(*args: Any, **named: Any) -> Iterator[None]:
+        nonlocal n_saves, n_calls, saver
         n_saves += 1
-        is_saving, n_calls = n_saves == save, 0
-        try:
-            return real(*args, **named)
-        finally:
-            is_saving = False
+        is_the_one, n_calls = n_saves == save, 0
+        pieces = real(*args, **named)
+        is_left = True
+        while is_left:
+            saver = threading.get_ident() if is_the_one else None
+            try:
+                is_left = next(pieces, StopIteration) is None
+            finally:
+                saver = None
+            if is_left:
+                yield
 
-    checkpoint.save_checkpoint = counted
+    checkpoint.saving = counted
     _count_calls(before)
 
 
 def _count_calls(before: Callable[[str], None]) -> None:
     """Call `before` with its name before each call that changes the file system: a write is two, of half each."""
-    import safetensors.torch
-
     for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "chmod"):
         setattr(os, name, _counted(name, getattr(os, name), before))
 
-    real_open, save, save_file = io.open, safetensors.torch.save, safetensors.torch.save_file
+    real_open = io.open
 
     def counted_open(file: Any, mode: str = "r", *args: Any, **named: Any) -> Any:
         if not set(mode) & set(WRITING):
@@ -335,18 +339,7 @@ def _count_calls(before: Callable[[str], None]) -> None:
         before("open")
         return _TornFile(real_open(file, mode, *args, **named), before)
 
-    def counted_save_file(tensors: Any, path: Path) -> None:
-        # What it does in one call: the half that a crash may leave is written here.
-        before("open")
-        content = save(tensors)
-        with real_open(path, "wb") as file:
-            file.write(content[: len(content) // 2])
-        before("write")
-        path.unlink()
-        save_file(tensors, path)
-
     builtins.open = io.open = counted_open
-    vars(safetensors.torch)["save_file"] = counted_save_file
 
 
 def _counted(name: str, real: Callable[..., Any], before: Callable[[str], None]) -> Callable[..., Any]:

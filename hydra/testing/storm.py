@@ -42,7 +42,7 @@ LONG: dict[str, Any] = {
 FAST: dict[str, Any] = {**LONG, "optimizer": "muon", "dtype": "bfloat16", "compile_from_step": 30}
 RUNS: dict[str, dict[str, Any]] = {
     "plain": LONG,
-    "blocked": {**FAST, "attention_kernel": "blocked"},
+    "blocked": {**FAST, "attention_kernel": "blocked", "checkpoints_in_background": True},
     "tiled": {**FAST, "attention_kernel": "tiled"},
 }
 """Fields of the runs that are killed, beside those of the preset `tiny`."""

@@ -37,16 +37,26 @@ def make(step: int) -> Checkpoint:
     return Checkpoint(tensors, {"step": step})
 
 
-def save_in_child(run_dir: Path, step: int, fault: Callable[..., None], call: int) -> int:
+def save_in_child(
+    run_dir: Path, step: int, fault: Callable[..., None], call: int, *, in_background: bool = False
+) -> int:
     """Save in a process of its own under the fault; returns its exit status, 28 when the disk was found full."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
             fault(save=1, call=call)
-            from hydra.runtime import checkpoint
+            from hydra.runtime import background, checkpoint
 
-            checkpoint.save_checkpoint(run_dir, step, make(step), keep_last=KEPT)
+            if in_background:
+                background.saving = checkpoint.saving
+                saver = background.BackgroundSaver()
+                saver.save(run_dir, step, make(step), KEPT)
+                while saver.is_writing:
+                    pass
+                saver.finish()
+            else:
+                checkpoint.save_checkpoint(run_dir, step, make(step), keep_last=KEPT)
             status = 0
         except OSError as error:
             status = 28 if is_disk_full(error) else 1
@@ -98,17 +108,22 @@ def over_itself(run_dir: Path) -> list[int]:
 
 @pytest.mark.parametrize("fault", [faults.crash_in_save, faults.full_disk_in_save])
 @pytest.mark.parametrize(
-    ("prepare", "fewest_calls"),
+    ("prepare", "fewest_calls", "in_background"),
     [
-        (first, 32),
-        (over_retention, 40),
-        (over_what_a_crash_left, 44),
-        (over_one_that_was_damaged, 30),
-        (over_itself, 0),
+        (first, 32, False),
+        (over_retention, 40, False),
+        (over_retention, 40, True),
+        (over_what_a_crash_left, 44, False),
+        (over_one_that_was_damaged, 30, False),
+        (over_itself, 0, False),
     ],
 )
 def test_a_save_cut_off_or_refused_at_each_of_its_calls(
-    tmp_path: Path, prepare: Callable[[Path], list[int]], fewest_calls: int, fault: Callable[..., None]
+    tmp_path: Path,
+    prepare: Callable[[Path], list[int]],
+    fewest_calls: int,
+    in_background: bool,
+    fault: Callable[..., None],
 ) -> None:
     template = tmp_path / "template"
     template.mkdir()
@@ -118,7 +133,7 @@ def test_a_save_cut_off_or_refused_at_each_of_its_calls(
     while status != 0:
         call += 1
         run_dir = Path(shutil.copytree(template, tmp_path / f"{call}"))
-        status = save_in_child(run_dir, 3, fault, call)
+        status = save_in_child(run_dir, 3, fault, call, in_background=in_background)
         assert status in (0, 28 if fault is faults.full_disk_in_save else faults.KILLED), call
         for listed in list_checkpoints(run_dir):
             check_checkpoint(listed)  # a name is given last and taken first
@@ -157,11 +172,11 @@ def undisturbed(make_run: MakeRun) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("save", [1, 4])
+@pytest.mark.parametrize(("save", "in_background"), [(1, False), (4, False), (4, True)])
 def test_a_trainer_that_dies_in_a_save_goes_on(
-    make_run: MakeRun, undisturbed: Path, moments: random.Random, save: int
+    make_run: MakeRun, undisturbed: Path, moments: random.Random, save: int, in_background: bool
 ) -> None:
-    run_dir = make_run("crashed", **SHORT)
+    run_dir = make_run("crashed", **SHORT, checkpoints_in_background=in_background)
     call = moments.randint(1, 30 if save == 1 else 40)
     print("call", call)
     storm.finish(run_dir, [{"fault": "crash_in_save", "save": save, "call": call}], faults.KILLED)
@@ -193,14 +208,16 @@ def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(
     assert storm.differences(run_dir, undisturbed) == []
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 def test_a_run_may_go_on_without_the_checkpoint_for_which_there_was_no_room(
-    make_run: MakeRun, undisturbed: Path, moments: random.Random
+    make_run: MakeRun, undisturbed: Path, moments: random.Random, in_background: bool
 ) -> None:
-    run_dir = make_run("goes_on", **SHORT, when_disk_is_full="go_on", keep_checkpoints=100)
+    fields = {"when_disk_is_full": "go_on", "keep_checkpoints": 100, "checkpoints_in_background": in_background}
+    run_dir = make_run("goes_on", **SHORT, **fields)
     call = moments.randint(1, 18)
     print("call", call)
     errors = storm.finish(run_dir, [{"fault": "full_disk_in_save", "save": 4, "call": call}])
-    assert "step 12 must be written, but the disk is full" in errors
+    assert "must be written, but the disk is full" in errors
     assert "going on without it" in errors
     steps = list(map(step_of, list_checkpoints(run_dir)))
     assert 12 not in steps

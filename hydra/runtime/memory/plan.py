@@ -40,8 +40,10 @@ class Prediction:
     """Freed, but not given back to the system."""
     process: int
     """Interpreter, libraries, compiler."""
+    checkpoint_copies: int = 0
+    """Weights and optimizer state once more, of which checkpoints are written in the background."""
     on_host: int = 0
-    """Of a run on a GPU whose optimizer is on the host: what that takes there, which is no part of the total."""
+    """Of a run on a GPU: what it takes in the host's memory, which is no part of the total: optimizer, copies."""
 
     @property
     def total(self) -> int:
@@ -109,6 +111,8 @@ class MemoryPlan:
     limit_bytes: int
     limit_source: str
     optimizer_offload: bool = False
+    checkpoint_bytes: int = 0
+    """Of the tensors of one checkpoint. (Plans of before did not say it.)"""
     tried: tuple[tuple[Rung, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""What a run settles before its first step: whether it may go on, its code, its data, its memory."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from hydra.attention.checks.before_training import check_before_training
+from hydra.data import Dataset, open_dataset, prepare_dataset
+from hydra.errors import MemoryLimitError
+from hydra.model.framework import Execution
+from hydra.runtime import paths, workspace_root
+from hydra.runtime.checkpoint import load_checkpoint
+from hydra.runtime.choices import Choices, settle
+from hydra.runtime.environment import is_code_checked, record_changes, record_checked_code
+from hydra.runtime.memory import MemoryPlan, read_memory
+from hydra.runtime.memory.plan import allowed_memory, read_plan
+from scripts.config import TrainingConfig, refuse_difference
+
+logger = logging.getLogger(__name__)
+CHANGE_MEMORY = frozenset({"micro_batch_size", "checkpoints_in_background"})
+"""Fields with a change of which memory is planned anew."""
+
+
+def find_changes(
+    config: TrainingConfig, run_dir: Path, newest: Path | None, n_ranks: int
+) -> dict[str, tuple[object, object]]:
+    """In what `config` differs from that of the checkpoint `newest`, as (before, now); taken down in environment.json.
+
+    Raises:
+        RunError: one of the differences is not allowed.
+    """
+    if newest is None:
+        return {}
+    state = load_checkpoint(newest, groups=()).trainer_state
+    stored = TrainingConfig.from_json(state["config"])
+    refuse_difference(config, stored, run_dir)
+    changes = config.differences(stored)
+    n_ranks_before = state.get("n_ranks", 1)  # runs of before were of one process
+    if n_ranks_before != n_ranks:
+        changes["n_ranks"] = (n_ranks_before, n_ranks)
+    if changes:
+        record_changes(run_dir, int(state["step"]), changes)
+    return changes
+
+
+def check_own_classes(config: TrainingConfig, run_dir: Path) -> None:
+    """Once in a run: attention classes of one's own see neither later tokens nor other documents; ConfigError."""
+    hashes = {path: record["sha256"] for path, record in config.attention_code.items()}
+    if is_code_checked(run_dir, hashes):
+        return
+    specs = [layer.spec for layer in config.model_spec().plan_layers()]
+    check_before_training(specs, config.context_length)
+    record_checked_code(run_dir, hashes)
+
+
+def open_data(config: TrainingConfig, run_dir: Path) -> Dataset:
+    """The run's shards, prepared (again) when they are not there; those of other text or tokens are refused."""
+    data_dir = workspace_root() / config.data_dir
+    manifest = paths.read_json(run_dir / paths.MANIFEST)
+    if manifest and (data_dir / manifest["fingerprint"]).exists():
+        return open_dataset(manifest, data_dir)
+    dataset = prepare_dataset(config.data_spec(), data_dir, workspace_root())
+    if manifest:
+        return open_dataset(manifest, data_dir)
+    paths.write_atomically(run_dir / paths.TOKENIZER, dataset.tokenizer.to_str())
+    paths.write_json(run_dir / paths.MANIFEST, dataset.manifest)
+    return dataset
+
+
+def settle_memory(
+    config: TrainingConfig, run_dir: Path, choices: Choices, changes: Mapping[str, object], vocab_size: int
+) -> tuple[MemoryPlan, Choices]:
+    """Choose micro-batch and checkpointing so that a step fits the memory, in the run's first session for good.
+
+    Raises:
+        MemoryLimitError: nothing that may be chosen fits, or this machine has less than the run needs.
+    """
+    stored = read_plan(run_dir)
+    if stored and choices.micro_batch_size and not CHANGE_MEMORY & changes.keys():
+        limit = allowed_memory(read_memory(choices.device), config.memory_limit_mib)
+        if stored.prediction.total > limit.limit_bytes:
+            raise MemoryLimitError(
+                f"going on with this run takes {stored.prediction.total / 2**20:,.0f} MiB, but this machine "
+                f"allows {limit.limit_bytes / 2**20:,.0f} MiB ({limit.source}); go on where there is more"
+            )
+        return stored, choices
+    # It pays to import this only here: a resumed run has its plan.
+    from scripts.planning import plan_memory
+
+    plan = plan_memory(config, choices, vocab_size)
+    logger.info("memory: %s", plan.describe())
+    paths.write_json(run_dir / paths.MEMORY_PLAN, plan.to_dict())
+    return plan, settle(
+        run_dir,
+        choices,
+        micro_batch_size=plan.micro_batch_size,
+        activation_checkpointing=plan.activation_checkpointing,
+        optimizer_offload=plan.optimizer_offload,
+    )
+
+
+def execution_of(choices: Choices) -> Execution:
+    """How the model computes in a run of these choices."""
+    return Execution(
+        attention_kernel=choices.attention_kernel,
+        kernels=choices.kernels,
+        activation_checkpointing=choices.activation_checkpointing,
+    )
