@@ -42,7 +42,7 @@ def test_a_hung_process_holds_up_nothing(tmp_path: Path, ledger: Ledger, caplog:
         began = time.monotonic()
         for step in range(1, 10_001):
             writer.write({"step": step, "loss_nats": 1.0 / step})
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60  # 3 s; ten thousand waits would take hours
         ledger.finish("done", stage="done")
         began = time.monotonic()
         writer.close()

@@ -147,6 +147,36 @@ def test_on_a_gpu_the_optimizer_leaves_when_nothing_else_fits(data_dir: str) -> 
         plan_memory(dataclasses.replace(config, optimizer_offload="yes"), EAGER, config.vocab_size)
 
 
+def test_copies_for_checkpoints_in_the_background_are_in_the_plan(data_dir: str) -> None:
+    at_once, in_background = (config_of(data_dir, checkpoints_in_background=value) for value in (False, True))
+    copies = planning.checkpoint_bytes_of(at_once, at_once.vocab_size)
+
+    def predicted(config: TrainingConfig, device: str) -> Any:
+        choices = dataclasses.replace(EAGER, device=device)
+        return predict_peak(config, choices, config.vocab_size, Rung(4, "none"))
+
+    assert predicted(in_background, "cpu").total == predicted(at_once, "cpu").total + copies
+    assert predicted(in_background, "cuda").total == predicted(at_once, "cuda").total
+    assert predicted(in_background, "cuda").on_host == predicted(at_once, "cuda").on_host + copies
+    limit = HostMemory(int((total(at_once, 4) + copies // 2) / 0.9), "test")
+    assert plan_memory(at_once, EAGER, at_once.vocab_size, limit).prediction.checkpoint_copies == 0
+    with pytest.raises(MemoryLimitError):
+        plan_memory(in_background, EAGER, at_once.vocab_size, limit)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_copies_are_as_large_as_planned(make_run: Callable[..., Path], optimizer: str, dtype: str) -> None:
+    run_dir = make_run("copies", optimizer=optimizer, dtype=dtype, checkpoints_in_background=True, max_steps=2)
+    trainer = Trainer(TrainingConfig.from_json((run_dir / "config.json").read_text()), run_dir)
+    trainer.train()
+    assert trainer.background is not None
+    copies = trainer.background._copies
+    tensors = [tensor for group in ("model", "optimizer") for tensor in copies[group].values()]
+    n_bytes = sum(tensor.nbytes for tensor in tensors if tensor.dim())  # counters are numbers
+    assert n_bytes == trainer.plan.checkpoint_bytes == trainer.plan.prediction.checkpoint_copies
+
+
 def test_the_run_keeps_its_plan(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = make_run("plan", micro_batch_size=0, max_steps=6, eval_every=6, checkpoint_every=3)
     config = TrainingConfig.from_json((run_dir / "config.json").read_text())
@@ -168,7 +198,7 @@ def test_the_run_keeps_its_plan(make_run: Callable[..., Path], monkeypatch: pyte
     again.train()
     assert again.plan == plan
     (run_dir / "state.json").write_text(json.dumps({**state, "status": "interrupted"}))
-    monkeypatch.setattr("scripts.trainer.read_memory", lambda device: HostMemory(2**20, "test"))
+    monkeypatch.setattr("scripts.preparation.read_memory", lambda device: HostMemory(2**20, "test"))
     with pytest.raises(MemoryLimitError, match="go on where there is more"):
         Trainer(config, run_dir).train()
 
