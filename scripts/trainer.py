@@ -265,8 +265,20 @@ class Trainer:
         """Accumulate the gradient of the mean loss over all valid tokens of the batch; returns that mean in nats.
 
         Each micro-batch contributes its sum divided by the whole batch's tokens, so how the batch is cut changes
-        rounding and nothing else.
+        rounding and nothing else. Memory that is refused to one of several ranks is refused to all.
         """
+        if self.ranks.count == 1:
+            return self._own_gradient(batch)
+        try:
+            loss_nats, refusal = self._own_gradient(batch), None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            loss_nats, refusal = 0.0, str(error)
+        return self._add_up_ranks(loss_nats, refusal)
+
+    def _own_gradient(self, batch: Batch) -> float:
+        """Of this process's rows of the batch."""
         loss_nats, own = 0.0, self.ranks.rows_of(len(batch.inputs_BT))
         for start in range(own.start, own.stop, self.micro_batch_size):
             rows = batch.slice_rows(start, min(start + self.micro_batch_size, own.stop))
@@ -274,14 +286,14 @@ class Trainer:
             loss = torch.stack(list(output.losses.values())).sum() / batch.n_valid_tokens
             loss.backward()
             loss_nats += float(loss.detach())
-        return self._add_up_ranks(loss_nats)
+        return loss_nats
 
-    def _add_up_ranks(self, loss_nats: float) -> float:
+    def _add_up_ranks(self, loss_nats: float, refusal: str | None) -> float:
         """Loss and gradients over all ranks, which also agree here on whether this is the last step."""
-        if self.ranks.count == 1:
-            return loss_nats
-        said = torch.tensor([loss_nats, float(self.stop.is_set)], dtype=torch.float64)
+        said = torch.tensor([loss_nats, self.stop.is_set, refusal is not None], dtype=torch.float64)
         self.ranks.add_up([said])
+        if said[2]:
+            raise MemoryError(refusal or "to another process")
         self.ranks.add_up(master.grad for master in self.masters.named.values() if master.grad is not None)
         self._ranks_stop = bool(said[1])
         return float(said[0])
@@ -485,10 +497,6 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 refusal = str(error)
-            if self.ranks.count > 1:
-                raise OutOfMemoryError(
-                    f"memory was refused to one of {self.ranks.count} processes ({refusal}); lower micro_batch_size"
-                )
             # Only here, when the error is gone and with it the frames that hold the activations.
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)

@@ -119,12 +119,13 @@ def no_memory(
     kind: Literal["Python", "CPU", "GPU"] = "GPU",
     times: int = 1,
     micro_batch: int = 0,
+    rank: int = 0,
 ) -> None:
     """Memory is refused `times` times at step `step`: to its forward passes from that of `micro_batch` on, after its
     optimizers have moved the weights, or to the evaluation after it; as Python's allocator refuses it, or torch's for
-    the CPU or the GPU.
+    the CPU or the GPU; of several processes to that with this rank.
     """
-    left = times
+    left = times if int(os.environ.get("RANK", "0")) == rank else 0
     at = _follow_steps()
 
     def refuse() -> None:

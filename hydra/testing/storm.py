@@ -59,13 +59,8 @@ class StormError(AssertionError):
 
 def start_trainer(run_dir: Path, faults: Faults = ()) -> "subprocess.Popen[str]":
     """Start the trainer on `run_dir`; under `faults` (see hydra.testing.faults) by their launcher."""
-    command = [sys.executable, "-m", TRAINER, str(run_dir)]
-    if faults:
-        with tempfile.NamedTemporaryFile("w", suffix=".json", dir=run_dir.parent, delete=False) as file:
-            json.dump(list(faults), file)
-        command = [sys.executable, "-m", "hydra.testing.faults", file.name, TRAINER, str(run_dir)]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", *arguments(run_dir, faults)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -74,6 +69,15 @@ def start_trainer(run_dir: Path, faults: Faults = ()) -> "subprocess.Popen[str]"
         # Whoever started us under nohup did not mean it for the trainer.
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
+
+
+def arguments(run_dir: Path, faults: Faults = ()) -> list[str]:
+    """What `python -m` needs to train the run, under `faults` by their launcher."""
+    if not faults:
+        return [TRAINER, str(run_dir)]
+    with tempfile.NamedTemporaryFile("w", suffix=".json", dir=run_dir.parent, delete=False) as file:
+        json.dump(list(faults), file)
+    return ["hydra.testing.faults", file.name, TRAINER, str(run_dir)]
 
 
 def finish(run_dir: Path, faults: Faults = (), status: int = 0) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from hydra.runtime import Run
+from hydra.testing import storm
+from hydra.testing.storm import Faults
 
 ROOT = Path(__file__).parents[2]
 MakeRun = Callable[..., Path]
@@ -19,9 +21,9 @@ Figures = Callable[[Path], list[dict[str, object]]]
 FIELDS = {"max_steps": 40, "batch_size": 4, "checkpoint_every": 10, "eval_every": 20, "log_every": 1}
 
 
-def start(run_dir: Path, n_ranks: int) -> "subprocess.Popen[str]":
+def start(run_dir: Path, n_ranks: int, faults: Faults = ()) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
-    command += ["-m", "scripts.trainer", str(run_dir)]
+    command += ["-m", *storm.arguments(run_dir, faults)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,
@@ -34,8 +36,8 @@ def start(run_dir: Path, n_ranks: int) -> "subprocess.Popen[str]":
     )
 
 
-def finish(run_dir: Path, n_ranks: int) -> None:
-    process = start(run_dir, n_ranks)
+def finish(run_dir: Path, n_ranks: int, faults: Faults = ()) -> None:
+    process = start(run_dir, n_ranks, faults)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
 
@@ -100,6 +102,16 @@ def test_ranks_and_micro_batch_may_change_on_the_way(
     assert losses(figures(run_dir)) == pytest.approx(losses(figures(alone)), rel=1e-5)
     fields = {"micro_batch_size": [before[1], after[1]], "n_ranks": [before[0], after[0]]}
     assert run.environment()["changes"] == [{"step": status.step, "fields": fields}]
+
+
+def test_memory_refused_to_one_rank_halves_the_micro_batch_of_all(
+    make_run: MakeRun, alone: Path, figures: Figures
+) -> None:
+    run_dir = make_run("refused", **FIELDS, micro_batch_size=2)
+    finish(run_dir, 2, [{"fault": "no_memory", "step": 13, "place": "forward", "rank": 1}])
+    assert losses(figures(run_dir)) == pytest.approx(losses(figures(alone)), rel=1e-5)
+    resolved = Run.open(run_dir).environment()["resolved"]
+    assert resolved["micro_batch_size"] == 1  # type: ignore[index]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(make_run: MakeRun) -> None:
