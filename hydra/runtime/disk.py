@@ -1,7 +1,9 @@
 """Room on the disk: before a run begins, and when there is none left."""
 
+import contextlib
 import errno
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra.errors import DiskFullError
@@ -15,6 +17,25 @@ CHECKPOINTS_NEEDED = 2
 def is_disk_full(error: OSError) -> bool:
     """Whether the error says that no more can be written."""
     return error.errno in FULL
+
+
+@contextlib.contextmanager
+def raising_disk_full() -> Iterator[None]:
+    """Within it, or in a function that it decorates, a disk that is full is an error that says what to do.
+
+    Raises:
+        DiskFullError: in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        file = error.filename or "its files in run_dir and data_dir"
+        raise DiskFullError(
+            f"a run must be able to write {file}, but the disk is full ({error.strerror}); make room and give the same "
+            "command again"
+        ) from None
 
 
 def require_room(directory: Path, checkpoint_bytes: int) -> None:

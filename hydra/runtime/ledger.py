@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import logging
 import os
 import threading
 import time
@@ -12,17 +13,20 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hydra.errors import RunError
 from hydra.runtime import paths
+from hydra.runtime.disk import is_disk_full
 from hydra.runtime.processes import ProcessIdentity, current_process
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict, TypeAdapter
 
+logger = logging.getLogger(__name__)
 Status = Literal["queued", "running", "done", "failed", "interrupted"]
 HEARTBEAT_EVERY_S = 1.0
 # An owner on another machine, or in another container, cannot be asked whether it lives: it is believed while its
 # heartbeat is this fresh. A thread keeps it fresh, so that a long evaluation is no reason to be taken for dead.
 FOREIGN_HEARTBEAT_S = 120.0
 IDLE_HEARTBEAT_EVERY_S = 20.0
+RESERVED_BYTES = 1 << 14
 READ_ONLY = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
@@ -117,15 +121,20 @@ class Ledger:
 
     run_dir: Path
     state: RunStatus
+    waits_for_room: bool
     _lock_descriptor: int
     _session_began: float = field(default_factory=time.monotonic)
     _train_s_before: float = 0.0
     _guard: threading.Lock = field(default_factory=threading.Lock)
     _finished: threading.Event = field(default_factory=threading.Event)
+    _is_behind: bool = False
 
     @classmethod
-    def open(cls, run_dir: Path) -> "Ledger":
+    def open(cls, run_dir: Path, *, waits_for_room: bool = False) -> "Ledger":
         """Lock the run; `state` then is what its last owner left. Nothing is written before `begin`.
+
+        Args:
+            waits_for_room: on a disk that is full `update` leaves what is new to the next one; else it raises OSError.
 
         Raises:
             RunError: another process owns the run directory, it cannot be written in, or a link leads out of it.
@@ -149,11 +158,13 @@ class Ledger:
                 f"a run directory must have one owner, but {run_dir} is owned by process {owner or '(starting)'}; "
                 "wait for it, watch it from a notebook, or end it with Run.open(...).stop()"
             ) from None
-        return cls(run_dir, _read_stored(run_dir), descriptor)
+        return cls(run_dir, _read_stored(run_dir), waits_for_room, descriptor)
 
     def begin(self, max_steps: int, unit: str = "step") -> None:
         """Write that this process is at work on the run, and keep the heartbeat fresh from now on."""
         paths.remove_abandoned_temporaries(self.run_dir)
+        # Random bytes, since a file system may keep others in no room at all.
+        paths.write_atomically(self._reserve, os.urandom(RESERVED_BYTES))
         before = self.state
         self._train_s_before = before.train_s
         self.state = replace(
@@ -183,8 +194,17 @@ class Ledger:
             at_once = "stage" in changes and changes["stage"] != self.state.stage
             self.state = replace(self.state, **changes)  # type: ignore[arg-type]
             heartbeat_at = self.state.heartbeat_at or 0.0
-            if at_once or abs(time.time() - heartbeat_at) >= HEARTBEAT_EVERY_S:
+            if not at_once and abs(time.time() - heartbeat_at) < HEARTBEAT_EVERY_S:
+                return
+            try:
                 self._write()
+                self._is_behind = False
+            except OSError as error:
+                if not self.waits_for_room or not is_disk_full(error):
+                    raise
+                if not self._is_behind:
+                    logger.warning("%s; the ledger is behind until there is room again", error)
+                self._is_behind = True
 
     def finish(self, status: Status, *, stage: str, cause: str | None = None, message: str | None = None) -> None:
         """Write how the run ended: the last word. The lock stays until `close` or the process ends."""
@@ -192,20 +212,39 @@ class Ledger:
             self.state = replace(
                 self.state, status=status, stage=stage, cause=cause, message=message, ended_at=time.time()
             )
-            self._write()
+            self._reserve.unlink(missing_ok=True)
+            try:
+                self._write()
+            except OSError as error:
+                if status != "failed":
+                    raise
+                # What ended the run is on its way to the user, and matters more.
+                logger.error("the ledger cannot say that the run failed (%s), since: %s", cause, error)
             self._finished.set()
 
     def close(self) -> None:
         """Give the run up."""
         self._finished.set()
+        self._reserve.unlink(missing_ok=True)
         os.close(self._lock_descriptor)
 
     def _beat(self) -> None:
         while not self._finished.wait(IDLE_HEARTBEAT_EVERY_S):
-            self.update()
+            try:
+                self.update()
+            except OSError as error:
+                # Whether the run ends by it is for its main thread to say, which writes too; this one stays for when
+                # it can be written again.
+                logger.warning("the heartbeat cannot be written: %s", error)
+
+    @property
+    def _reserve(self) -> Path:
+        """Room that `finish` gives back, so that on a full disk the ledger can say that it is."""
+        return self.run_dir / f".{paths.STATE}.reserve.{os.getpid()}.tmp"
 
     def _write(self) -> None:
         if self._finished.is_set():
             return
-        self.state = replace(self.state, heartbeat_at=time.time(), train_s=self.train_s)
-        paths.write_json(self.run_dir / paths.STATE, asdict(self.state))
+        state = replace(self.state, heartbeat_at=time.time(), train_s=self.train_s)
+        paths.write_json(self.run_dir / paths.STATE, asdict(state))
+        self.state = state

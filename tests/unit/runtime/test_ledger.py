@@ -1,6 +1,8 @@
 """The ledger tells the truth whoever reads it, and a run has one owner."""
 
+import errno
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -14,6 +16,7 @@ import pytest
 
 from hydra.errors import RunError
 from hydra.runtime import Run, paths
+from hydra.runtime import ledger as ledger_module
 from hydra.runtime.ledger import Ledger, RunStatus, read_status
 from hydra.runtime.processes import ProcessIdentity, current_process
 
@@ -141,3 +144,73 @@ def test_what_a_killed_writer_left_is_cleared_and_a_living_one_s_is_not(tmp_path
     assert not abandoned.exists()
     assert in_use.exists()
     assert (tmp_path / ".hidden.tmp").exists()
+
+
+class FullDisk:
+    """While it is full, JSON can be written only in room that a file which is removed gives back."""
+
+    def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run_dir, self.is_full = run_dir, False
+        self._real = paths.write_json
+        monkeypatch.setattr(paths, "write_json", self._write)
+
+    def _write(self, path: Path, value: dict[str, object]) -> None:
+        if self.is_full and any(self.run_dir.glob(".state.json.reserve.*")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        self._real(path, value)
+
+
+def test_on_a_full_disk_the_last_word_takes_the_room_that_was_kept_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    ledger = Ledger.open(tmp_path)
+    ledger.begin(max_steps=10)
+    (reserve,) = tmp_path.glob(".state.json.reserve.*")
+    assert reserve.stat().st_blocks * 512 >= 2 * (tmp_path / paths.STATE).stat().st_size
+    disk.is_full = True
+    with pytest.raises(OSError, match=r"state\.json"):
+        ledger.update(stage="training", step=3)
+    ledger.finish("failed", stage="training", cause="disk full")
+    ledger.close()
+    assert (read_status(tmp_path).cause, read_status(tmp_path).step) == ("disk full", 3)
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_ledger_that_may_be_behind_catches_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FullDisk(tmp_path, monkeypatch)
+    ledger = Ledger.open(tmp_path, waits_for_room=True)
+    ledger.begin(max_steps=10)
+    disk.is_full = True
+    for step in range(3):
+        ledger.update(stage=f"stage {step}", step=step)
+    assert caplog.text.count("the ledger is behind") == 1
+    assert read_status(tmp_path).stage == "starting"
+    disk.is_full = False
+    ledger.update(stage="training")
+    assert (read_status(tmp_path).stage, read_status(tmp_path).step) == ("training", 2)
+    ledger.close()
+
+
+def test_the_heartbeat_outlives_a_full_disk_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("IDLE_HEARTBEAT_EVERY_S", "HEARTBEAT_EVERY_S"):
+        monkeypatch.setattr(ledger_module, name, 0.01)
+    disk = FullDisk(tmp_path, monkeypatch)
+    ledger = Ledger.open(tmp_path)
+    ledger.begin(max_steps=10)
+    with caplog.at_level(logging.WARNING):
+        disk.is_full = True
+        deadline = time.monotonic() + 5
+        while caplog.text.count("the heartbeat cannot be written") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    disk.is_full = False
+    is_free_again = time.time()
+    while (read_status(tmp_path).heartbeat_at or 0.0) < is_free_again:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ledger.close()
