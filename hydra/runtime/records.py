@@ -3,12 +3,14 @@
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from hydra.errors import RunError
 from hydra.runtime import paths
+from hydra.runtime.disk import is_disk_full
 from hydra.runtime.secrets import mask, mask_texts
 from hydra.runtime.tracking import Tracker, TrackingMode
 
@@ -62,22 +64,54 @@ def keep_records(path: Path, is_kept: Callable[[int], bool]) -> None:
 
 def append_record(path: Path, record: Mapping[str, object]) -> None:
     """Append one record, secrets masked; NaN and infinity are refused, since a reader could not parse them."""
-    with open(path, "a") as file:
-        file.write(json.dumps(mask_texts(record), allow_nan=False) + "\n")
+    _append_line(path, _to_line(record))
+
+
+def _to_line(record: Mapping[str, object]) -> bytes:
+    return (json.dumps(mask_texts(record), allow_nan=False) + "\n").encode()
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    """Append all of it, or nothing: behind half a line, which a full disk takes, the next would be lost too."""
+    # Unbuffered, since a buffer that was refused is written once more when its file is closed.
+    with paths.naming(path), open(path, "ab", buffering=0) as file:
+        length = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(length)
+            raise
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` and, from the same record, TensorBoard scalars under the same names.
+    """Writes `metrics.jsonl` and, from the same record, TensorBoard scalars under the same names; and other records.
 
     W&B, when asked for, gets its copy from a process that reads `metrics.jsonl`. Neither copy is needed for the run: a
     failure to write one is logged with what to do, and the run goes on.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, wandb_mode: TrackingMode, wandb_project: str) -> None:
-        """Cut the records behind `first_step`, the step that a resumed run goes on from (0 for a new one)."""
+    def __init__(
+        self,
+        run_dir: Path,
+        first_step: int,
+        wandb_mode: TrackingMode,
+        wandb_project: str,
+        *,
+        waits_for_room: bool = False,
+    ) -> None:
+        """Cut the records behind `first_step`, the step that a resumed run goes on from (0 for a new one).
+
+        Args:
+            waits_for_room: on a disk that is full keep records in memory until there is room again, and raise only in
+                `sync`; else the record that is refused is an OSError.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run_dir / paths.METRICS
+        self._waits_for_room = waits_for_room
+        self._unwritten: list[tuple[Path, bytes]] = []
+        self._unsynced: set[Path] = set()
         keep_records(self._path, lambda step: step <= first_step)
         self._board: Any = None
         with self._dropped_if_it_fails():
@@ -91,8 +125,8 @@ class MetricsWriter:
         self.close()
 
     def write(self, record: Mapping[str, float | int]) -> None:
-        """Append the record; its `step` places it."""
-        append_record(self._path, record)
+        """Append the record to metrics.jsonl; its `step` places it."""
+        self.append(self._path, record)
         if self._board is None:
             return
         with self._dropped_if_it_fails():
@@ -100,9 +134,34 @@ class MetricsWriter:
                 if name != "step":
                     self._board.add_scalar(mask(name), value, global_step=int(record["step"]))
 
+    def append(self, path: Path, record: Mapping[str, object]) -> None:
+        """Append it to the records in `path`, of whatever kind; they reach the disk in the order they came in."""
+        self._unwritten.append((path, _to_line(record)))
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if not self._waits_for_room or not is_disk_full(error):
+                raise
+            if len(self._unwritten) == 1:
+                logger.warning("%s; records are kept in memory until there is room again", error)
+
+    def _write_waiting(self) -> None:
+        while self._unwritten:
+            path, line = self._unwritten[0]
+            _append_line(path, line)
+            self._unsynced.add(path)
+            del self._unwritten[0]
+
     def sync(self) -> None:
-        """Make what was written durable, so that no checkpoint outlives the records before it."""
-        paths.sync_file(self._path)
+        """Make all records durable, so that no checkpoint outlives the records before it.
+
+        Raises:
+            OSError: some still wait for room.
+        """
+        self._write_waiting()
+        for path in self._unsynced:
+            paths.sync_file(path)
+        self._unsynced.clear()
         if self._board is not None:
             with self._dropped_if_it_fails():
                 self._board.flush()

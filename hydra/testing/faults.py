@@ -9,6 +9,7 @@ reaches it. Steps are counted from 1, as they are in metrics.jsonl.
 
 import builtins
 import errno
+import fnmatch
 import functools
 import importlib
 import io
@@ -165,15 +166,46 @@ def crash_in_save(save: int, call: int) -> None:
 def full_disk_in_save(save: int, call: int) -> None:
     """File-system call `call` (from 1) of the `save`-th checkpoint fails, and each write of that save after it."""
 
-    def refuse() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    _at_call_of_save(save, call, refuse)
+    _at_call_of_save(save, call, _refuse_write)
 
 
-def file_size_limit(n_bytes: int) -> None:
-    """The system refuses to let any file of this process grow beyond `n_bytes`, as a full disk does."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+def full_disk(pattern: str, step: int, last_step: int | None = None) -> None:
+    """From step `step` on, until `last_step` is done, files with names of the pattern (fnmatch's) take half of what is
+    written to them, and then the disk is full.
+    """
+    place, real_open = _follow_steps(), io.open
+
+    def opened(file: Any, mode: str = "r", *args: Any, **named: Any) -> Any:
+        real = real_open(file, mode, *args, **named)
+        is_named = isinstance(file, str | bytes | os.PathLike)
+        if not is_named or not set(mode) & set(WRITING) or not fnmatch.fnmatch(Path(os.fsdecode(file)).name, pattern):
+            return real
+        n_halves = 0
+
+        def before(name: str) -> None:
+            nonlocal n_halves
+            n_halves += 1
+            if n_halves % 2 == 0 and step <= place.step and (last_step is None or place.step <= last_step):
+                n_halves = 0
+                _refuse_write()
+
+        return _TornFile(real, before)
+
+    builtins.open = io.open = opened
+
+
+def file_size_limit(n_bytes: int, step: int = 0) -> None:
+    """The system refuses to let any file of this process grow beyond `n_bytes`, as a full disk does, from the start of
+    step `step` on.
+    """
+
+    def limit(place: Place) -> None:
+        if place.step >= step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+
+    limit(Place())
+    if step > 0:
+        _follow_steps(limit)
 
 
 def small_disk(n_bytes: int) -> None:
@@ -211,6 +243,7 @@ FAULTS: dict[str, Callable[..., None]] = {
         no_memory,
         crash_in_save,
         full_disk_in_save,
+        full_disk,
         file_size_limit,
         small_disk,
         kill,
@@ -220,6 +253,10 @@ FAULTS: dict[str, Callable[..., None]] = {
 
 
 # -------------------------------------------------------------------- where they are put in
+
+
+def _refuse_write() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _follow_steps(call: Callable[[Place], None] = lambda place: None) -> Place:
