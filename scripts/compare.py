@@ -24,6 +24,7 @@ from hydra.attention.code import load_copies
 from hydra.compare import ArmResult, Comparison, LearningRateChoice, choose_learning_rates, compare_arms
 from hydra.errors import ComparisonError, ConfigError, HydraError, NotFiniteError
 from hydra.runtime import Run, paths
+from hydra.runtime.disk import raising_disk_full
 from hydra.runtime.environment import describe_session, record_session
 from hydra.runtime.ledger import Ledger
 from hydra.runtime.logs import log_to_standard_error, logging_to
@@ -68,6 +69,7 @@ class Comparer:
         self.tokens: dict[str, int] = {}
         self.n_done = 0
 
+    @raising_disk_full()
     def run(self) -> str:
         """Run to the end, or to a stop request; returns the status.
 

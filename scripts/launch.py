@@ -9,6 +9,7 @@ from pathlib import Path
 from hydra.attention.code import write_copies
 from hydra.errors import RunCutOffError, RunError
 from hydra.runtime import Run, paths, workspace_root
+from hydra.runtime.disk import raising_disk_full
 from hydra.runtime.processes import ProcessIdentity, is_batch, start_process
 from hydra.runtime.secrets import refuse_secrets
 from hydra.runtime.tracking import check_installed
@@ -17,6 +18,7 @@ from scripts.config import JobConfig, TrainingConfig, refuse_changed_config
 START_TIMEOUT_S = 180.0  # importing torch from a cold network disk takes its time
 
 
+@raising_disk_full()
 def launch(config: JobConfig, run_dir: str | Path) -> Run:
     """Start the trainer, or the comparer, on `run_dir` and return once it owns it; attach where one is at work already.
 

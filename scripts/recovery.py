@@ -17,7 +17,6 @@ from hydra.errors import (
     OutOfMemoryError,
     SpikeError,
 )
-from hydra.runtime.disk import is_disk_full
 from scripts.config import TrainingConfig
 
 CAUSES = {
@@ -45,9 +44,8 @@ def cause_and_message(error: BaseException) -> tuple[str, str]:
     """What the ledger says of the error that ended a run."""
     if isinstance(error, HydraError):
         return CAUSES.get(type(error), type(error).__name__), str(error)
-    cause = "disk full" if isinstance(error, OSError) and is_disk_full(error) else "error"
     place = place_of(error)
-    return cause, repr(error) if place is None else f"{error!r}, at {place} (look: {CARD})"
+    return "error", repr(error) if place is None else f"{error!r}, at {place} (look: {CARD})"
 
 
 def advise_on_spike(config: TrainingConfig, has_taken_any: bool) -> str:

@@ -39,7 +39,7 @@ from hydra.runtime.background import BackgroundSaver
 from hydra.runtime.checkpoint import Checkpoint, load_checkpoint, newest_whole, save_checkpoint
 from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
 from hydra.runtime.copies import copied
-from hydra.runtime.disk import is_disk_full, require_room
+from hydra.runtime.disk import is_disk_full, raising_disk_full, require_room
 from hydra.runtime.guard import SpikeGuard
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import log_to_standard_error, logging_to
@@ -48,7 +48,7 @@ from hydra.runtime.memory.exhaustion import give_back_memory, is_out_of_memory
 from hydra.runtime.memory.host import read_peak_bytes, reset_peak
 from hydra.runtime.random_state import RandomState, seed_all
 from hydra.runtime.ranks import Ranks
-from hydra.runtime.records import MetricsWriter, append_record, keep_records, read_records
+from hydra.runtime.records import MetricsWriter, keep_records, read_records
 from hydra.runtime.signals import StopRequest
 from hydra.runtime.source import keep_source
 from hydra.runtime.sums import write_sums
@@ -126,6 +126,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- the run
 
+    @raising_disk_full()
     def train(self) -> RunResult:
         """Train to `max_steps`, or to a stop request.
 
@@ -136,7 +137,7 @@ class Trainer:
         """
         check_installed(self.config.wandb_mode)
         write_config_once(self.config, self.run_dir)
-        self.ledger = Ledger.open(self.run_dir)
+        self.ledger = Ledger.open(self.run_dir, waits_for_room=self.config.when_disk_is_full == "go_on")
         try:
             with logging_to(self.run_dir / paths.LOG), ExitStack() as self._closing:
                 self._refuse_other_run()
@@ -181,24 +182,7 @@ class Trainer:
     def _train_as_owner(self) -> None:
         self.ledger.begin(self.config.max_steps)
         try:
-            keep_source(self.run_dir)
-            self.stop.when_received = self._abandon_preparation
-            if self.stop.signal_name:
-                self._abandon_preparation(self.stop.signal_name)
-            self._prepare()
-            self.stop.when_received = None
-            self.ranks.wait_for_all()  # what others need of the run is there
-            self.ranks.wait_for_all()  # and they are ready
-            # What preparing took is not what training takes.
-            reset_peak()
-
-            while True:
-                try:
-                    self._take_steps()
-                    break
-                except StartOverError as error:
-                    self._start_over(error)
-            self._finish()
+            self._train_to_the_end()
         except KeyboardInterrupt:
             self.ledger.finish("interrupted", stage="stopped", cause="KeyboardInterrupt", message="ended by its caller")
             raise
@@ -206,6 +190,27 @@ class Trainer:
             cause, message = cause_and_message(error)
             self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=message)
             raise
+
+    @raising_disk_full()
+    def _train_to_the_end(self) -> None:
+        keep_source(self.run_dir)
+        self.stop.when_received = self._abandon_preparation
+        if self.stop.signal_name:
+            self._abandon_preparation(self.stop.signal_name)
+        self._prepare()
+        self.stop.when_received = None
+        self.ranks.wait_for_all()  # what others need of the run is there
+        self.ranks.wait_for_all()  # and they are ready
+        # What preparing took is not what training takes.
+        reset_peak()
+
+        while True:
+            try:
+                self._take_steps()
+                break
+            except StartOverError as error:
+                self._start_over(error)
+        self._finish()
 
     def _take_steps(self) -> None:
         self._compile_if_due()
@@ -336,7 +341,7 @@ class Trainer:
             raise SpikeError(message) if is_finite else NotFiniteError(message)
         self.guard.skipped_steps.append(number)
         logger.warning("step %d is skipped: %s; it was computed from rows %s of the train stream", number, reason, rows)
-        append_record(self.run_dir / paths.SKIPPED, {"step": number, "reason": reason, "rows": rows})
+        self.metrics.append(self.run_dir / paths.SKIPPED, {"step": number, "reason": reason, "rows": rows})
 
     # ---------------------------------------------------------------- once in a while
 
@@ -396,7 +401,7 @@ class Trainer:
             text = write_sample(self.model, self.dataset, self.config) if self.config.sample_tokens else None
         if text is not None:
             sample = {"step": self.step, "prompt": self.config.sample_prompt, "text": text}
-            append_record(self.run_dir / paths.SAMPLES, sample)
+            self.metrics.append(self.run_dir / paths.SAMPLES, sample)
         self.metrics.write({"step": self.step, "tokens": self.tokens, **figures, "elapsed_s": self.ledger.train_s})
         self._val_loss_nats[self.step] = figures["val_loss_nats"]
         self.ledger.update(stage="training", **figures)
@@ -425,7 +430,6 @@ class Trainer:
 
         def write() -> None:
             self.metrics.sync()
-            paths.sync_file(self.run_dir / paths.SAMPLES)
             save(self.run_dir, self.step, self.checkpoint(), self.config.keep_checkpoints, kept)
             if self.background and (is_last or self.is_stopping):
                 self.background.finish()
@@ -446,7 +450,7 @@ class Trainer:
             if not is_disk_full(error):
                 raise
             problem = f"a checkpoint at step {self.step} must be written, but the disk is full ({error})"
-            if self.config.when_disk_is_full == "stop" or is_last:
+            if self.config.when_disk_is_full == "stop" or is_last or self.is_stopping:
                 raise DiskFullError(f"{problem}; make room and give the same command again") from None
             logger.warning("%s; going on without it", problem)
 
@@ -584,7 +588,13 @@ class Trainer:
             self._resume(newest)
 
         self.metrics = self._closing.enter_context(
-            MetricsWriter(self.run_dir, self.step, self.wandb_mode, self.config.wandb_project)
+            MetricsWriter(
+                self.run_dir,
+                self.step,
+                self.wandb_mode,
+                self.config.wandb_project,
+                waits_for_room=self.config.when_disk_is_full == "go_on",
+            )
         )
         evaluations = [record for record in read_records(self.run_dir / paths.METRICS) if "val_loss_nats" in record]
         self._val_loss_nats = {record["step"]: record["val_loss_nats"] for record in evaluations}
@@ -655,8 +665,10 @@ class Trainer:
     def _abandon_preparation(self, signal_name: str) -> None:
         """Before the first step there is nothing to save, and the main thread may sit in a long library call."""
         message = f"stopped by {signal_name} before it began to train"
-        self.ledger.finish("interrupted", stage="stopped", cause=signal_name, message=message)
-        os._exit(EXIT_RESUMABLE)
+        try:
+            self.ledger.finish("interrupted", stage="stopped", cause=signal_name, message=message)
+        finally:  # whatever the disk says to it
+            os._exit(EXIT_RESUMABLE)
 
     def _to_device(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         return tuple(torch.from_numpy(array).to(self.device) for array in batch)
