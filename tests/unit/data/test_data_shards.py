@@ -38,6 +38,13 @@ def reopen(dataset: Dataset) -> Dataset:
     return open_dataset(dataset.manifest, dataset.directory.parent)
 
 
+@pytest.fixture
+def is_large(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dataset is one of those that are read in full the first time alone, which has been."""
+    monkeypatch.setattr(shards_module, "READ_AT_EVERY_START_BYTES", 0)
+    reopen(dataset)
+
+
 def flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
@@ -57,6 +64,7 @@ def test_truncated_shard_is_named(dataset: Dataset) -> None:
         reopen(dataset)
 
 
+@pytest.mark.usefixtures("is_large")
 def test_changed_shard_is_named(dataset: Dataset) -> None:
     flip_a_byte(shard_of(dataset))
     with pytest.raises(DataError, match=r"train-00000\.bin must have the SHA-256 .*it was changed"):
@@ -65,6 +73,7 @@ def test_changed_shard_is_named(dataset: Dataset) -> None:
         reopen(dataset)
 
 
+@pytest.mark.usefixtures("is_large")
 def test_changed_shard_with_its_time_set_back_is_named(dataset: Dataset) -> None:
     stat = shard_of(dataset).stat()
     flip_a_byte(shard_of(dataset))
@@ -79,7 +88,34 @@ def test_changed_tokenizer_is_named(dataset: Dataset) -> None:
         reopen(dataset)
 
 
-def test_full_check_happens_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_disk_alone_has_changed_is_named(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time of the file tells: the note that a large dataset has beside it agrees with what is there."""
+    with monkeypatch.context() as is_large:
+        is_large.setattr(shards_module, "READ_AT_EVERY_START_BYTES", 0)
+        reopen(dataset)
+        flip_a_byte(shard_of(dataset))
+        stat, stamp = shard_of(dataset).stat(), dataset.directory / STAMP_FILE
+        noted = json.loads(stamp.read_text())
+        noted[shard_of(dataset).name] |= {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+        stamp.write_text(json.dumps(noted))
+        reopen(dataset)  # unseen, as is said there
+    with pytest.raises(DataError, match=r"train-00000\.bin must have the SHA-256 .*it was changed"):
+        reopen(dataset)
+
+
+@pytest.mark.parametrize("n_bytes", [-1, 0])
+def test_a_dataset_up_to_the_limit_is_read_at_every_start(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, n_bytes: int
+) -> None:
+    shards = [shard for split in dataset.manifest["splits"].values() for shard in split["shards"]]
+    limit = sum(shard["n_bytes"] for shard in shards) + n_bytes
+    monkeypatch.setattr(shards_module, "READ_AT_EVERY_START_BYTES", limit)
+    reopen(dataset)
+    assert (dataset.directory / STAMP_FILE).exists() is (n_bytes < 0)
+
+
+@pytest.mark.usefixtures("is_large")
+def test_full_check_of_a_large_dataset_happens_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
     def spy(path: Path) -> str:
@@ -107,6 +143,7 @@ def test_copied_data_dir_opens(dataset: Dataset, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("is_large")
 def test_data_dir_that_may_only_be_read_opens(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     (dataset.directory / STAMP_FILE).unlink()
 
