@@ -6,6 +6,13 @@ gradient. `launch` starts it as a process of its own. Shapes: B rows, T tokens.
 Exit status: 0 done, 1 failed, 2 bad config, 75 cut off and resumable.
 """
 
+if __name__ == "__main__":
+    # Importing torch takes a second or more, in which a request to stop must be heard too.
+    from hydra.runtime.signals import StopRequest
+
+    asked_to_stop = StopRequest()
+    asked_to_stop.listen()
+
 import contextlib
 import logging
 import math
@@ -692,8 +699,12 @@ def assist(config: TrainingConfig, run_dir: Path, stop: StopRequest, ranks: Rank
     return EXIT_DONE
 
 
-def main(arguments: list[str]) -> int:
-    """Train the run directory that is the one argument; returns the exit status."""
+def main(arguments: list[str], stop: StopRequest | None = None) -> int:
+    """Train the run directory that is the one argument; returns the exit status.
+
+    Args:
+        stop: listens to signals already; left out, they are listened to from here on.
+    """
     if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.stderr.write("usage: python -m scripts.trainer RUN_DIR (a folder with a config.json; there are no flags)\n")
         return EXIT_BAD_CONFIG
@@ -711,8 +722,9 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         logger.error("%s: %s", run_dir / paths.CONFIG, error)
         return EXIT_BAD_CONFIG
-    stop = StopRequest()
-    stop.listen()
+    if stop is None:
+        stop = StopRequest()
+        stop.listen()
     try:
         ranks = Ranks.join()
         if not ranks.is_first:
@@ -725,7 +737,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main(sys.argv[1:])
+    exit_status = main(sys.argv[1:], asked_to_stop)
     if exit_status in (EXIT_DONE, EXIT_RESUMABLE):
         # All that a run leaves is written and closed; taking the interpreter apart would take half a second more.
         logging.shutdown()
