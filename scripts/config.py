@@ -224,7 +224,8 @@ class TrainingConfig:
     """Whether training goes on while a checkpoint is written, from a copy of weights and optimizer state that takes as
     much memory as they do."""
     when_disk_is_full: Literal["stop", "go_on"] = "stop"
-    """What a checkpoint does for which there is no room: end the run, or leave it to the next one."""
+    """What is done when there is no room for what a run writes: end it, or go on, with records kept in memory and
+    checkpoints left out until there is room again."""
     allow_changes: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Fields in which a run that goes on may differ from how it was started, such as max_steps. Any other difference
     is refused, but for micro_batch_size, which changes rounding alone."""

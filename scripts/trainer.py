@@ -58,7 +58,7 @@ from hydra.runtime.ranks import Ranks
 from hydra.runtime.records import MetricsWriter, keep_records, read_records
 from hydra.runtime.signals import StopRequest
 from hydra.runtime.source import keep_source
-from hydra.runtime.sums import write_sums
+from hydra.runtime.sums import has_sums, write_sums
 from hydra.runtime.tracking import check_installed
 from scripts.config import TrainingConfig
 from scripts.evaluation import as_written, evaluate, write_sample
@@ -151,7 +151,7 @@ class Trainer:
                 is_left = self.ledger.state.status != "done" or not self.config.is_met_by(self.ledger.state.step)
                 if self.ranks.is_any(is_left):
                     self._train_as_owner()
-            if is_left and self.ledger.state.status == "done":
+            if self.ledger.state.status == "done" and (is_left or not has_sums(self.run_dir)):
                 write_sums(self.run_dir)
         finally:
             self.ledger.close()

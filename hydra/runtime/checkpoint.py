@@ -1,5 +1,6 @@
 """Checkpoints that cannot be half: written beside, made durable, renamed. safetensors and JSON only, never pickle."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -107,7 +108,12 @@ def saving(
     final.parent.mkdir(exist_ok=True)
     _remove_unfinished(final.parent)
     if final not in list_checkpoints(run_dir):
-        yield from _write(final, checkpoint)
+        try:
+            yield from _write(final, checkpoint)
+        except OSError:
+            with contextlib.suppress(OSError):
+                _remove_unfinished(final.parent)  # on a disk that is full it takes room
+            raise
     for old in list_checkpoints(run_dir)[:-keep_last]:
         if step_of(old) not in keep_steps:
             _remove(old)

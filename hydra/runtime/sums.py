@@ -10,6 +10,11 @@ SUMS = "SHA256SUMS"
 NOT_OF_THE_RUN = {SUMS, paths.LOCK}
 
 
+def has_sums(run_dir: Path) -> bool:
+    """Whether the run has been taken down."""
+    return (run_dir / SUMS).is_file()
+
+
 def write_sums(run_dir: Path) -> None:
     """Take down every file of the run as it is now."""
     _write(run_dir, {name: _hash(run_dir / name) for name in _files(run_dir)})
@@ -20,7 +25,7 @@ def update_sums(file: Path) -> None:
     after its end, or made again.
     """
     run_dir = file.parent
-    if (run_dir / SUMS).is_file():
+    if has_sums(run_dir):
         _write(run_dir, {**_read(run_dir), file.name: _hash(file)})
 
 
@@ -29,7 +34,7 @@ def find_changes(run_dir: Path) -> list[str]:
 
     A run that has not been taken down, since it is not done, gives one line that says so.
     """
-    if not (run_dir / SUMS).is_file():
+    if not has_sums(run_dir):
         return [f"{SUMS}: there is none; it is written when a run is done"]
     try:
         known = _read(run_dir)

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def save_in_child(
                 saver = background.BackgroundSaver()
                 saver.save(run_dir, step, make(step), KEPT)
                 while saver.is_writing:
-                    pass
+                    time.sleep(0.001)
                 saver.finish()
             else:
                 checkpoint.save_checkpoint(run_dir, step, make(step), keep_last=KEPT)
@@ -135,6 +136,8 @@ def test_a_save_cut_off_or_refused_at_each_of_its_calls(
         run_dir = Path(shutil.copytree(template, tmp_path / f"{call}"))
         status = save_in_child(run_dir, 3, fault, call, in_background=in_background)
         assert status in (0, 28 if fault is faults.full_disk_in_save else faults.KILLED), call
+        if fault is faults.full_disk_in_save and prepare is not over_what_a_crash_left:
+            assert not list((run_dir / "checkpoints").glob(".writing-*")), call
         for listed in list_checkpoints(run_dir):
             check_checkpoint(listed)  # a name is given last and taken first
         newest = newest_whole(run_dir, sets_aside=True)
