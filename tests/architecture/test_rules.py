@@ -99,7 +99,9 @@ def test_no_handler_swallows_what_it_does_not_name() -> None:
 
 
 def test_no_pickle_is_ever_opened() -> None:
-    for path in PRODUCT:
+    # It makes those that must not be opened, and opens them to show that they would have run.
+    hostile = ROOT / "hydra" / "testing" / "hostile" / "files.py"
+    for path in set(PRODUCT) - {hostile}:
         text = path.read_text()
         for word in ("import pickle", "torch.load(", "allow_pickle=True", "torch.save("):
             assert word not in text, f"{path}: {word}"

@@ -7,9 +7,7 @@ import os
 import random
 import re
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,8 @@ from hydra.notebook.engine import BatchError, NotebookEngine
 from hydra.notebook.parameters import assigned_parameters, check_names, resolve_run_dir
 from hydra.notebook.plan import Plan, Request
 from hydra.runtime import Run
+from hydra.runtime.secrets import MASK
+from hydra.testing.hostile import job, pages, secrets
 from scripts.config import TrainingConfig
 
 HERE = Path(__file__).parent
@@ -360,150 +360,66 @@ def test_paths_of_a_config(workspace: Path, field: str) -> None:
 # -------------------------------------------------------------------- secrets, in a whole job without a network
 
 
-CORES = ("cAnaryEnv91", "cAnaryTok72", "cAnaryPwd53", "cAnaryLin34", "cAnaryPar15")
-ENVIRONMENT = {
-    "CANARY_API_KEY": f"""k-"{CORES[0]}'<b>&\\n/é+{{x}}""",
-    "CANARY_TOKEN": f"ghp_{CORES[1]}0000",
-    "CANARY_PASSWORD": f"first-{CORES[2]}\nsecond-{CORES[3]}",
-}
-PARAMETER = f"""p'"{CORES[4]}\\ü%s"""
-CANARIES = (*ENVIRONMENT.values(), PARAMETER)
-LEAKS = """
-import base64, json, logging, os, sys, time
-from urllib.parse import quote
-from IPython.display import HTML, Latex, Markdown, SVG, display
-os.environ["CANARY_OTHER"] = token
-secrets = [token, *(os.environ[name] for name in ("CANARY_API_KEY", "CANARY_TOKEN", "CANARY_PASSWORD"))]
-print(*secrets)
-print(secrets, json.dumps(secrets), json.dumps(json.dumps(secrets)))
-print(*(base64.b64encode(("x" * n + secret).encode()).decode() for n in range(3) for secret in secrets))
-print(*(base64.urlsafe_b64encode(secret.encode()).decode() for secret in secrets), *map(quote, secrets))
-print(secrets[2][:9], end="", flush=True)
-print(secrets[2][9:], file=sys.stdout)
-logging.getLogger().error("%s", secrets)
-for kind in (HTML, Latex, Markdown):
-    display(kind(f"<p title='{secrets[2]}'>{secrets[2]} {secrets[3]}</p>"))
-display(SVG(f"<svg xmlns='http://www.w3.org/2000/svg'><text>{secrets[2]}</text></svg>"))
-display({"text/plain": "a mapping", "application/json": {"secrets": secrets}}, raw=True, metadata={"secrets": secrets})
-dict(secrets=secrets)
-"""
-RUNS = """
-from hydra.notebook import read_parameters, run_directory, show_curves, watch
-from scripts.config import TrainingConfig
-from scripts.trainer import launch
-parameters = read_parameters()
-assert "token" not in parameters
-run = launch(TrainingConfig.from_parameters(parameters), run_directory())
-watch(run)
-show_curves(run)
-failing = launch(TrainingConfig.from_parameters({**parameters, "attention_options": {"fails": True}}), "runs/failing")
-watch(failing)
-"""
-
-
 @pytest.fixture(scope="module")
-def leaky_job(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> tuple[Path, str]:
+def hostile_job(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path) -> tuple[Path, str]:
     """The workspace of a job that tells every secret in every way and ends by a traceback, and what it printed."""
-    root = tmp_path_factory.mktemp("leaky")
-    (root / "leaky_attention.py").write_text((HERE / "leaky_attention.py").read_text())
-    notebook = as_notebook(
-        LEAKS,
-        RUNS,
-        "run.raise_for_status()",
-        "raise KeyError(f'{secrets[1]} {secrets[2]} {secrets[3]} {token}')",
-        parameters="# Parameters: any\npreset = 'tiny'\ntoken = ''  # secret\n",
-    )
-    nbformat.write(notebook, root / "job.ipynb")
-    values = {"corpus": str(corpus_dir), "attention": "leaky_attention.py:Leaky", "max_steps": 4, "threads": 1}
-    arguments = [word for name, value in values.items() for word in ("-p", name, str(value))]
-    command = [str(Path(sys.executable).parent / "papermill"), "job.ipynb", "runs/job/job.ipynb", "--engine", "hydra"]
-    command += [
-        *arguments,
-        "-r",
-        "token",
-        PARAMETER,
-        "--log-output",
-        "--stdout-file",
-        "out.txt",
-        "--stderr-file",
-        "err.txt",
-    ]
+    root = tmp_path_factory.mktemp("hostile")
     environment = {
-        **os.environ,
-        **ENVIRONMENT,
         "PYTHONPATH": os.pathsep.join([str(HERE / "no_network"), str(ROOT)]),
         "NETWORK_LOG": str(root.with_name("network.log")),
     }
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    done = job.run_job(root, corpus_dir, environment)
     assert done.returncode == 1, done.stderr
     return root, done.stdout + done.stderr
 
 
-def spellings(secret: str) -> set[str]:
-    """The base64 of the secret, at any place of a longer text: without the characters at both ends, which vary."""
-    encoded = [base64.b64encode((before + secret).encode()).decode() for before in ("", "x", "xx")]
-    return {text[4:-4] for text in encoded} | {text[4:-4].replace("+", "-").replace("/", "_") for text in encoded}
-
-
-def test_no_secret_is_left_anywhere(leaky_job: tuple[Path, str]) -> None:
-    root, printed = leaky_job
-    needles = [*CORES, *(spelling for canary in CANARIES for spelling in spellings(canary))]
-    files = [path for path in root.rglob("*") if path.is_file()]
-    found = [
-        (str(path.relative_to(root)), needle)
-        for path in files
-        for needle in needles
-        if needle.encode() in path.read_bytes()
-    ]
-    assert found == []
-    assert [needle for needle in needles if needle in printed] == []
+def test_no_secret_is_left_anywhere(hostile_job: tuple[Path, str]) -> None:
+    files = job.artifacts(hostile_job[0])
+    assert secrets.find_leaks(files) == []
     kinds = {path.name for path in files} | {path.suffix for path in files}
-    assert kinds >= {
-        "job.ipynb",
-        "report.html",
-        "trainer.log",
-        "metrics.jsonl",
-        "state.json",
-        "out.txt",
-        ".safetensors",
-    }
+    assert kinds >= {"metrics.jsonl", "state.json", "samples.jsonl", "printed.txt", ".safetensors"}
     assert any(path.parent.name == "events" for path in files)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "runs/job/job.ipynb",
-        "runs/job/report.html",
-        "runs/job/trainer.log",
-        "runs/failing/trainer.log",
-        "out.txt",
-        "err.txt",
-        "runs/failing/state.json",
-    ],
-)
-def test_secrets_were_told_and_masked(leaky_job: tuple[Path, str], name: str) -> None:
+@pytest.mark.parametrize("path", job.TOLD, ids=str)
+def test_secrets_were_told_and_masked(hostile_job: tuple[Path, str], path: Path) -> None:
     """The control: without masking each of these files would have held them."""
-    assert "[masked]" in (leaky_job[0] / name).read_text()
+    assert MASK in (hostile_job[0] / path).read_text()
 
 
-def test_the_run_of_a_leaky_job_is_as_any_other(leaky_job: tuple[Path, str]) -> None:
-    root, printed = leaky_job
-    state = json.loads((root / "runs" / "job" / "state.json").read_text())
-    assert (state["status"], state["step"]) == ("done", 4)
+@pytest.mark.parametrize("core", secrets.CORES)
+@pytest.mark.parametrize("n_before", range(4))
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode, bytes])
+def test_a_leak_is_found(tmp_path: Path, core: str, n_before: int, encode: Callable[[bytes], bytes]) -> None:
+    """The control of the search."""
+    (tmp_path / "log").write_bytes(b"\xff " + encode(("a" * n_before + core + "\n").encode()) + b" more")
+    (tmp_path / "other").write_text("cAnary")
+    assert secrets.find_leaks(job.artifacts(tmp_path)) == [f"{tmp_path / 'log'} holds {core}"]
+
+
+def test_the_run_of_a_hostile_job_is_as_any_other(hostile_job: tuple[Path, str]) -> None:
+    root, printed = hostile_job
+    state = json.loads((root / job.RUN / "state.json").read_text())
+    assert (state["status"], state["step"]) == ("done", job.N_STEPS)
     assert "KeyError" in printed
-    assert "-r token '[masked]'" in (root / "runs" / "job" / "report.html").read_text()
-    nb = nbformat.read(root / "runs" / "job" / "job.ipynb", as_version=4)
+    assert "-r token '[masked]'" in pages.read_page(root / job.REPORT).text
+    nb = nbformat.read(root / job.NOTEBOOK, as_version=4)
     nbformat.validate(nb)
-    assert nb.metadata.papermill.parameters.token == "[masked]"
-    assert 'token = "[masked]"' in "".join(cell.source for cell in nb.cells)
-    failed = json.loads((root / "runs" / "failing" / "state.json").read_text())
+    assert nb.metadata.papermill.parameters.token == MASK
+    assert f'token = "{MASK}"' in "".join(cell.source for cell in nb.cells)
+    failed = json.loads((root / job.FAILING / "state.json").read_text())
     assert failed["message"].startswith("RuntimeError('no access with [masked] or [masked]')")
 
 
-def test_nothing_opens_the_network(leaky_job: tuple[Path, str]) -> None:
-    log = (leaky_job[0].with_name("network.log")).read_text()
+def test_the_report_of_a_hostile_job_runs_nothing(hostile_job: tuple[Path, str]) -> None:
+    page = pages.read_page(hostile_job[0] / job.REPORT)
+    assert page.wrong == []
+    assert pages.count_marks(page) == len(pages.VECTORS)
+
+
+def test_nothing_opens_the_network(hostile_job: tuple[Path, str]) -> None:
+    log = (hostile_job[0].with_name("network.log")).read_text()
     # requests, which papermill imports, tries at its import whether a socket of this kind can be bound to ::1.
     assert [tried for tried in re.split("^REFUSED", log, flags=re.MULTILINE)[1:] if "_has_ipv6" not in tried] == []
-    for program in ("papermill job.ipynb", "ipykernel_launcher", "-m scripts.trainer"):
+    for program in (f"papermill {job.NAME}.ipynb", "ipykernel_launcher", "-m scripts.trainer"):
         assert any(line.startswith("RAN") and program in line for line in log.splitlines()), program
