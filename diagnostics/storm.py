@@ -4,8 +4,8 @@
 
 KILLS (200) times a real trainer is killed while it trains, on each of its paths; ROUNDS (50) times a file of its newest
 checkpoint is damaged, and as often it is asked to stop. Every time the same command is given again, and at the end the
-weights, the figures and the samples are compared with those of a run that nothing disturbed. The tests in tests/resume
-do the same in short.
+weights, the figures and the samples are compared with those of a run that nothing disturbed. Then come a notebook and
+files that mean harm (diagnostics/hostile.py). The tests do the same in short.
 """
 
 import logging
@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diagnostics.hostile import HostileTally, try_everything
 from hydra.errors import CheckpointError
 from hydra.runtime import Run
 from hydra.runtime.checkpoint import check_checkpoint, list_checkpoints
@@ -42,6 +43,7 @@ class Tally:
     false_done: int = 0
     problems: list[str] = field(default_factory=list)
     """What would have needed a hand."""
+    hostile: HostileTally = field(default_factory=HostileTally)
 
     def table(self) -> str:
         """The result in Markdown."""
@@ -52,14 +54,14 @@ class Tally:
             "damaged checkpoints gone on without, to an equal weight hash": f"{self.mended} of {self.damaged}",
             "steps lost on SIGTERM, SIGINT, SIGHUP": f"{self.steps_lost} in {self.stops} stops",
             "false `done`": self.false_done,
+            **self.hostile.rows(),
         }
         return "\n".join(["| what | result |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
     def is_good(self) -> bool:
-        """Whether nothing was lost."""
-        return (self.kills_survived, self.mended, self.detected) == (self.kills, self.damaged, self.damaged) and not (
-            self.problems or self.steps_lost or self.false_done
-        )
+        """Whether nothing was lost, and nothing hostile came through."""
+        survived = (self.kills_survived, self.mended, self.detected) == (self.kills, self.damaged, self.damaged)
+        return survived and not (self.problems or self.steps_lost or self.false_done) and self.hostile.is_good()
 
     def compare(self, run_dir: Path, undisturbed: Path) -> bool:
         """Whether a run that says that it is done is what it would have been."""
@@ -160,7 +162,7 @@ def stop(workshop: Workshop, undisturbed: Path, n_stops: int, moments: random.Ra
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 0 when nothing was lost."""
+    """Returns the exit status: 0 when nothing was lost and nothing hostile came through."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     n_kills, n_rounds = map(int, [*arguments, *(str(N_KILLS), str(N_ROUNDS))[len(arguments) :]])
     seed = int.from_bytes(os.urandom(4), "little")
@@ -176,7 +178,8 @@ def main(arguments: list[str]) -> int:
             damage(plain, moments, tally)
             logger.info("%d of %d checkpoints damaged", tally.damaged, n_rounds)
         stop(workshop, plain, n_rounds, moments, tally)
-    for problem in tally.problems:
+        try_everything(Path(folder), plain, tally.hostile)
+    for problem in [*tally.problems, *tally.hostile.complaints()]:
         logger.error("%s", problem)
     print(tally.table())
     return 0 if tally.is_good() else 1

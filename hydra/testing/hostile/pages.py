@@ -175,7 +175,7 @@ def forms_of(vector: str) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
 
 def render_with_vectors(run_dir: Path, job: str) -> Path:
     """Put every vector into every text of a run, and of the plan of a `job` on it; returns its report."""
-    text = " ".join(VECTORS)
+    text = " ".join(f"{vector} {mark_of(number)}" for number, vector in enumerate(VECTORS))
     state = json.loads((run_dir / paths.STATE).read_text())
     said = {"status": "failed", "cause": text, "message": text, "stage": text}
     (run_dir / paths.STATE).write_text(json.dumps({**state, **said}))

@@ -55,6 +55,7 @@ def test_every_vector_in_every_place_of_a_run(make_run: Callable[..., Run], done
     directory = make_run(done_status).directory
     directory = directory.rename(directory.with_name(VECTORS[4]))
     page = check(render_with_vectors(directory, job))
+    assert count_marks(page) == len(VECTORS)
     assert page.text.count(VECTORS[0]) > 10
 
 
