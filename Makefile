@@ -30,7 +30,7 @@ peers: .venv-peers/installed
 gpu-proof: .venv/installed
 	@$(BIN)/python -m diagnostics.gpu_proof
 
-# Half an hour of kills, damage and signals; STORM="5 3" does 5 kills and 3 of the others.
+# Half an hour of kills, damage, signals and hostile inputs; STORM="5 3" does 5 kills and 3 of the others.
 storm: .venv/installed
 	@$(BIN)/python -m diagnostics.storm $(STORM)
 

@@ -139,6 +139,7 @@ def offer(undisturbed: Path, kind: str, pattern: str, ask: Callable[[Path], str]
     tally.offered += 1
     if sentinel.exists():
         tally.loads.append(f"{kind} was loaded in the place of {pattern}")
+        sentinel.unlink()
     if path.name not in refusal:
         tally.problems.append(f"{kind} for {pattern} must be refused by its name, but got: {refusal}")
     shutil.rmtree(run_dir)
