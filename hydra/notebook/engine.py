@@ -25,6 +25,7 @@ from hydra.errors import ConfigError, HydraError, RunCutOffError
 from hydra.notebook.doors import STANDARD_OUTPUT
 from hydra.notebook.interruption import Interruption
 from hydra.notebook.kernel import BatchClient, TruthfulManager
+from hydra.notebook.outputs import MAX_SHOWN_ERRORS, shorten
 from hydra.notebook.parameters import RUN_DIR, assigned_parameters, check_names, resolve_run_dir, secret_parameters
 from hydra.notebook.plan import TRAINING, Plan, Request
 from hydra.notebook.progress import Progress
@@ -169,18 +170,19 @@ class _Batch:
                 name, text = error.ename, error.evalue
             case _:
                 name, text = type(error).__name__, str(error)
-        if self._failure is None and (name, text) not in CLEAN_EXITS:
-            self._failure = f"{name}: {text}"
-            self._status_at_failure = self._run.status()
+        self._note_failure(name, text)
         return name, text
+
+    def _note_failure(self, name: str, text: str) -> None:
+        if self._failure is None and (name, text) not in CLEAN_EXITS:
+            self._failure = f"{name}: {shorten(text, MAX_SHOWN_ERRORS)}"
+            self._status_at_failure = self._run.status()
 
     def _note_cell_error(self) -> None:
         for cell in self._nb.cells:
             for output in cell.get("outputs", []):
-                is_failure = output.output_type == "error" and (output.ename, output.evalue) not in CLEAN_EXITS
-                if is_failure and self._failure is None:
-                    self._failure = f"{output.ename}: {output.evalue}"
-                    self._status_at_failure = self._run.status()
+                if output.output_type == "error":
+                    self._note_failure(output.ename, output.evalue)
 
     def _stop_own_run(self) -> None:
         """End the trainer that this job started, with a checkpoint. (It also ends by itself when the kernel dies.)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +17,9 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 from traitlets import Integer
 
+from hydra.notebook.outputs import MAX_OUTPUT_BYTES, MAX_SHOWN_ERRORS, Share, bound_error
 from hydra.runtime.secrets import MaskedStream, mask
 
-MAX_OUTPUT_BYTES = 1_000_000
-MAX_SHOWN_ERRORS = 4_000  # characters
 # sockaddr_un holds 108 bytes; jupyter_client appends "-ipc-5" to the connection file's stem.
 MAX_SOCKET_PATH_BYTES = 107
 
@@ -70,6 +70,7 @@ class BatchClient(PapermillNotebookClient):
     `on_abort` is called while the kernel may still live, and returns the error's name and its text for the notebook.
     """
 
+    clear_before_next_output: bool
     max_output_bytes = Integer(MAX_OUTPUT_BYTES, help="Bytes of output that one cell may leave in the notebook.")
 
     def __init__(
@@ -90,7 +91,7 @@ class BatchClient(PapermillNotebookClient):
         self._kernel_errors = socket_directory / "kernel-stderr"
         self._on_cell = on_cell
         self._on_abort = on_abort
-        self._output_bytes: dict[int, int] = {}
+        self._shares: defaultdict[int, Share] = defaultdict(lambda: Share(self.max_output_bytes))
 
     def create_kernel_manager(self) -> AsyncKernelManager:
         """A manager whose kernel listens on Unix sockets: no port to race for, nothing on the network."""
@@ -146,32 +147,40 @@ class BatchClient(PapermillNotebookClient):
     def output(
         self, outs: list[NotebookNode], msg: dict, display_id: str | None, cell_index: int
     ) -> NotebookNode | None:
-        """Take one output: streams are merged as they come, and a cell that has filled its share gets a last word."""
-        written = self._output_bytes.get(cell_index, 0)
-        if msg["msg_type"] == "error" or self.output_hook_stack[msg["parent_header"].get("msg_id")]:
+        """Take one output: streams are merged as they come, and a cell that has filled its share gets a last word.
+
+        Streams are returned whole, for papermill's log and --stdout-file: what is kept there is not ours to cut.
+        """
+        if self.output_hook_stack[msg["parent_header"].get("msg_id")]:
             return super().output(outs, msg, display_id, cell_index)
-        if written > self.max_output_bytes:
-            return None
+        if self.clear_before_next_output:
+            self.clear_before_next_output = False
+            self.clear_output(outs, {**msg, "content": {"wait": False}}, cell_index)
         content = msg["content"]
-        size = len(str(content.get("text", content.get("data", ""))).encode(errors="replace"))
-        self._output_bytes[cell_index] = written + size
-        if written + size > self.max_output_bytes:
-            room = self.max_output_bytes - written
-            kept = str(content["text"])[:room] if msg["msg_type"] == "stream" else ""
-            limit = f"{self.max_output_bytes / 1e6:g} MB"
-            _append_stream(
-                outs, "stdout", f"{kept}\n[HYDRA cut the output of this cell here: a cell may leave {limit}]\n"
-            )
-            return outs[-1]
-        if msg["msg_type"] == "stream" and not self.clear_before_next_output:
-            _append_stream(outs, content["name"], content["text"])
-            return new_output("stream", name=content["name"], text=content["text"])
+        share = self._shares[cell_index]
+        match msg["msg_type"]:
+            case "error":
+                msg = {**msg, "content": bound_error(content)}
+            case "stream":
+                share.add_stream(outs, content["name"], content["text"])
+                return new_output("stream", name=content["name"], text=content["text"])
+            case _ if not share.has_room_for(content.get("data", {}), outs):
+                return None
         return super().output(outs, msg, display_id, cell_index)
 
     def clear_output(self, outs: list[NotebookNode], msg: dict, cell_index: int) -> None:
-        """Forget the cell's outputs, and what they took of its share."""
+        """Forget the cell's outputs, and what they took of its share; nbclient may put it off to the next output."""
         super().clear_output(outs, msg, cell_index)
-        self._output_bytes[cell_index] = 0
+        if not outs:
+            self._shares.pop(cell_index, None)
+
+    def _update_display_id(self, display_id: str, msg: dict) -> None:
+        """Let what is displayed already change in its place, within the share of its cell."""
+        data = msg["content"]["data"]
+        for cell_index, places in self._display_id_map.get(display_id, {}).items():
+            outs = self.nb.cells[cell_index].outputs
+            data = self._shares[cell_index].exchange([outs[place].data for place in places], data)
+        super()._update_display_id(display_id, {**msg, "content": {**msg["content"], "data": data}})
 
     def _show_kernel_errors(self) -> None:
         sys.stderr.write(mask(self._kernel_errors.read_text(errors="replace"))[-MAX_SHOWN_ERRORS:])
@@ -184,34 +193,3 @@ class BatchClient(PapermillNotebookClient):
             task.cancel()
         if tasks:
             loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-
-
-def _append_stream(outs: list[NotebookNode], name: str, text: str) -> None:
-    """Merge into the stream of that name behind the last figure, as a terminal would show it (\\r and \\b applied)."""
-    for out in reversed(outs):
-        if out.output_type != "stream":
-            break
-        if out.name == name:
-            head, newline, line = out.text.rpartition("\n")
-            out.text = head + newline + _as_terminal(line + text)
-            return
-    outs.append(new_output("stream", name=name, text=_as_terminal(text)))
-
-
-def _as_terminal(text: str) -> str:
-    """What a terminal would show of `text`; in linear time, for a line of a megabyte too."""
-    if "\b" in text:
-        shown: list[str] = []
-        for character in text:
-            if character != "\b":
-                shown.append(character)
-            elif shown and shown[-1] != "\n":
-                shown.pop()
-        text = "".join(shown)
-    return "\n".join(map(_overwrite, text.split("\n"))) if "\r" in text else text
-
-
-def _overwrite(line: str) -> str:
-    """Only what was written behind the last carriage return; one at the end overwrites when something follows."""
-    kept = line.rstrip("\r")
-    return kept.rpartition("\r")[2] + line[len(kept) :]

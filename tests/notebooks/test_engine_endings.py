@@ -205,20 +205,15 @@ def test_progress_is_drawn_from_the_run_directory(workplace: Workplace, start_tr
     assert "Executing:" not in text
 
 
-def test_output_is_merged_and_bounded(workplace: Workplace) -> None:
+def test_output_is_merged(workplace: Workplace) -> None:
     lines = "import sys, time\nfor i in range(300):\n    print(f'line {i}', flush=True)\n"
     bar = "for i in range(50):\n    print(f'\\rbar {i}', end='', file=sys.stderr, flush=True)\n"
-    workplace.write_notebook(lines + bar, "print('x' * 3_000_000)\nprint('unseen')", "'still there'")
+    workplace.write_notebook(lines + bar)
     assert workplace.run().returncode == 0
-    first, second, third = workplace.read().cells[1:]
+    first = workplace.read().cells[1]
     assert {(output.name, output.text.count("\n")) for output in first.outputs} == {("stdout", 300), ("stderr", 0)}
     assert len(first.outputs) == 2
     assert [output.text for output in first.outputs if output.name == "stderr"] == ["bar 49"]
-    assert len(second.outputs[0].text) < 1_000_200
-    assert "HYDRA cut the output" in second.outputs[0].text
-    assert "unseen" not in second.outputs[0].text
-    assert third.outputs[0].data["text/plain"] == "'still there'"
-    assert len(workplace.report()) < 2_000_000
 
 
 def test_the_notebook_is_kept_with_the_run(workplace: Workplace) -> None:
