@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hydra.errors import ConfigError
+from hydra.notebook.endings import REJECTED, BatchError
 from hydra.runtime.paths import resolve_inside
 
 STANDARD_OUTPUT = "-"
@@ -80,8 +81,6 @@ def guard_paths(engine_name: str) -> None:
     plain = parameterize.parameterize_path
 
     def parameterize_path(path: object, parameters: Mapping[str, object]) -> object:
-        from hydra.notebook.engine import REJECTED, BatchError
-
         caller = sys._getframe(1)
         is_ours = caller.f_code.co_name == "execute_notebook" and caller.f_locals["engine_name"] == engine_name
         if not is_ours or not isinstance(path, str):

@@ -5,10 +5,12 @@ with 0 when the run is done, 1 when it failed, 2 when what was asked for cannot 
 written), 75 when it was cut off and the same command goes on.
 """
 
+import contextlib
 import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from types import FrameType
 from typing import ClassVar
@@ -23,6 +25,7 @@ from papermill.log import logger
 
 from hydra.errors import ConfigError, HydraError, RunCutOffError
 from hydra.notebook.doors import STANDARD_OUTPUT
+from hydra.notebook.endings import FAILED, REJECTED, RESUMABLE, BatchError, NotSavedError
 from hydra.notebook.interruption import Interruption
 from hydra.notebook.kernel import BatchClient, TruthfulManager
 from hydra.notebook.outputs import MAX_SHOWN_ERRORS, shorten
@@ -38,18 +41,8 @@ from hydra.runtime.secrets import mark, mask, refuse_secrets
 START_TIMEOUT_S = 180
 IOPUB_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30.0
-FAILED, REJECTED, RESUMABLE = 1, 2, 75
 # sys.exit() in a cell ends the notebook early and is no failure, to papermill as to Python.
 CLEAN_EXITS = (("SystemExit", ""), ("SystemExit", "0"))
-
-
-class BatchError(HydraError, click.ClickException):
-    """How a batch run ended when not well; papermill's command prints the message and exits with `exit_code`."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        """`exit_code` is what the command exits with."""
-        super().__init__(mask(message))
-        self.exit_code = exit_code  # type: ignore[misc]
 
 
 class NotebookEngine(Engine):
@@ -114,6 +107,7 @@ class _Batch:
         self._ended_at_before = self._run.status().ended_at
         self._interruption = Interruption()
         self._failure: str | None = None
+        self._not_saved: NotSavedError | None = None
         self._status_at_failure: RunStatus | None = None
 
     def execute(self, kernel_name: str, *, shows_progress: bool, options: dict[str, object]) -> NotebookNode:
@@ -168,6 +162,8 @@ class _Batch:
                 name, text = "CellTimeout", "the cell took longer than --execution-timeout allows"
             case CellExecutionError():
                 name, text = error.ename, error.evalue
+            case NotSavedError():
+                name, text = "NotSaved", str(error)
             case _:
                 name, text = type(error).__name__, str(error)
         self._note_failure(name, text)
@@ -200,7 +196,8 @@ class _Batch:
     def _conclude(self, error: BaseException | None) -> None:
         """Save the notebook, end what this job started, write the report; then say how it went.
 
-        Returns when all is well, or when `error` itself is the best account of it.
+        Returns when all is well, or when `error` itself is the best account of it. What cannot be saved does not keep
+        the rest from being saved.
         """
         # papermill.execute imports papermill.engines, and that imports this module: at the top it is not there yet.
         from papermill.execute import raise_for_execution_errors
@@ -212,22 +209,46 @@ class _Batch:
         # Also when all is well: a notebook that did not wait for its run must not leave it to the kernel's end.
         self._stop_own_run()
         mask_notebook(self._nb)
-        self._manager.notebook_complete(failed=self._failure is not None)
         plan, output_path = self._plan, self._nb.metadata.papermill["output_path"]
+        report, cause = None, error
+        self._not_saved = error if isinstance(error, NotSavedError) else None
+        with self._noting_not_saved():
+            self._manager.notebook_complete(failed=self._failure is not None)
         try:
-            report = render_report(self._nb, plan, self._failure)
+            with self._noting_not_saved():
+                report = render_report(self._nb, plan, self._failure)
             if error is None:
-                raise_for_execution_errors(self._nb, output_path)
+                with self._noting_not_saved():
+                    raise_for_execution_errors(self._nb, output_path)
         except PapermillExecutionError as cell_error:
-            if self._was_cut_off(cell_error):
-                raise self._cut_off(report) from cell_error
-            raise BatchError(f"{self._failure}\nreport: {_shown(report)}", FAILED) from cell_error
+            cause = cell_error
         finally:
-            save_copy(self._nb, plan.run_dir / f"{plan.notebook_name}.ipynb", output_path)
-        if error is None:
-            self._say_all_is_well(report, to_stderr=output_path == STANDARD_OUTPUT)
-        elif self._was_cut_off(error):
-            raise self._cut_off(report) from error
+            with self._noting_not_saved():
+                save_copy(self._nb, plan.run_dir / f"{plan.notebook_name}.ipynb", output_path)
+        self._tell(cause, report)
+
+    @contextlib.contextmanager
+    def _noting_not_saved(self) -> Iterator[None]:
+        try:
+            yield
+        except NotSavedError as refused:
+            self._not_saved = self._not_saved or refused
+            self._note_failure("NotSaved", str(refused))
+
+    def _tell(self, cause: BaseException | None, report: Path | None) -> None:
+        """Print that all is well, or raise what is to be told; return when `cause` itself tells it best."""
+        if self._not_saved is not None:
+            refused = str(self._not_saved)
+            told = [self._failure] if self._failure and refused not in self._failure else []
+            told += [f"{refused}: {self._plan.command}", *([f"report: {_shown(report)}"] if report else [])]
+            raise BatchError("\n".join(told), FAILED) from cause
+        assert report is not None
+        if cause is None:
+            self._say_all_is_well(report, to_stderr=self._nb.metadata.papermill["output_path"] == STANDARD_OUTPUT)
+        elif self._was_cut_off(cause):
+            raise self._cut_off(report) from cause
+        elif isinstance(cause, PapermillExecutionError | CellTimeoutError):
+            raise BatchError(f"{self._failure}\nreport: {_shown(report)}", FAILED) from cause
 
     def _cut_off(self, report: Path) -> BatchError:
         status = self._run.status()

@@ -15,8 +15,10 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
+from papermill.log import logger
 from traitlets import Integer
 
+from hydra.notebook.endings import NotSavedError
 from hydra.notebook.outputs import MAX_OUTPUT_BYTES, MAX_SHOWN_ERRORS, Share, bound_error
 from hydra.runtime.secrets import MaskedStream, mask
 
@@ -48,6 +50,14 @@ class TruthfulManager(NotebookExecutionManager):
                 new_output("error", ename=ename, evalue=evalue, traceback=[f"{ename}: {evalue}"])
             )
         self.save()
+
+    def autosave_cell(self) -> None:
+        """Save while a cell is at work. One refused is no reason to lose that work: the cell's end saves again."""
+        try:
+            super().autosave_cell()
+        except NotSavedError as error:
+            logger.warning("%s; the cell goes on", error)
+            self.last_save_time = self.now()
 
     def notebook_complete(self, failed: bool = False) -> None:
         """Record the end and save. After a failure the cells that never ran stay `pending`."""

@@ -16,6 +16,7 @@ from nbformat.v4 import new_output
 from traitlets.config import Config
 
 from hydra.notebook import comparison
+from hydra.notebook.endings import saving
 from hydra.notebook.figures import REPORT_SECTIONS, YARDSTICKS, config_section
 from hydra.notebook.markup import Section, escape, format_number, tiles
 from hydra.notebook.plan import COMPARISON, TRAINING, Plan
@@ -41,6 +42,9 @@ def render_report(nb: NotebookNode, plan: Plan, failure: str | None) -> Path:
     Args:
         nb: the notebook, executed as far as it came; it is not changed.
         failure: why the notebook did not end well, None when it did.
+
+    Raises:
+        NotSavedError: it cannot be written.
     """
     run = Run(plan.run_dir)
     shown = from_dict(mask_texts(nb))
@@ -61,10 +65,11 @@ def render_report(nb: NotebookNode, plan: Plan, failure: str | None) -> Path:
         },
     )[0]
     page = _seal(page)
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
     path = plan.run_dir / REPORT
-    write_atomically(path, page)
-    update_sums(path)
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, page)
+        update_sums(path)
     return path
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 from papermill.iorw import LocalHandler, StreamHandler, papermill_io
 
+from hydra.notebook.endings import saving
 from hydra.runtime.paths import write_atomically
 from hydra.runtime.secrets import mask_texts
 from hydra.runtime.sums import update_sums
@@ -15,11 +16,12 @@ class AtomicLocalHandler(LocalHandler):
     """papermill's handler of local files, with a save that makes the folder, writes beside, syncs and renames."""
 
     def write(self, buf: str, path: str) -> None:
-        """Save the text `buf` as `path`, which is relative to the folder that papermill was called in."""
-        target = (Path(self._cwd or "") / path).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, _mask_notebook(buf))
-        update_sums(target)  # papermill saves once more after the run is done
+        """Save the text `buf` as `path`, which is relative to the folder that papermill was called in.
+
+        Raises:
+            NotSavedError: it cannot be written.
+        """
+        _save(_mask_notebook(buf), (Path(self._cwd or "") / path).resolve())
 
 
 class MaskedStreamHandler(StreamHandler):
@@ -53,12 +55,21 @@ def mask_notebook(nb: nbformat.NotebookNode) -> None:
 
 
 def save_copy(nb: nbformat.NotebookNode, path: Path, original: str | None) -> None:
-    """Save the notebook as `path` too, unless `original`, where papermill saves it, is that file."""
+    """Save the notebook as `path` too, unless `original`, where papermill saves it, is that file.
+
+    Raises:
+        NotSavedError: it cannot be written.
+    """
     if original is not None and os.path.realpath(original) == os.path.realpath(path):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _mask_notebook(nbformat.writes(nb)))
-    update_sums(path)
+    _save(_mask_notebook(nbformat.writes(nb)), path)
+
+
+def _save(text: str, path: Path) -> None:
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+        update_sums(path)  # papermill saves once more after the run is done
 
 
 def _mask_notebook(text: str) -> str:

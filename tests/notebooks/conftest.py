@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,9 +39,23 @@ class Workplace:
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), self.root / "job.ipynb")
 
     def begin(
-        self, *arguments: str, output: str = "runs/job/job.ipynb", stderr: int = subprocess.PIPE
+        self,
+        *arguments: str,
+        output: str = "runs/job/job.ipynb",
+        stderr: int = subprocess.PIPE,
+        before: Sequence[str] = (),
     ) -> "subprocess.Popen[str]":
-        command = [sys.executable, str(HERE / "fake_engine.py"), "job.ipynb", output, "--engine", "fake", *arguments]
+        """Start papermill's command, behind the words of a command `before` that becomes it."""
+        command = [
+            *before,
+            sys.executable,
+            str(HERE / "fake_engine.py"),
+            "job.ipynb",
+            output,
+            "--engine",
+            "fake",
+            *arguments,
+        ]
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
             # So a shell starts what it runs in the background, these tests among it, and children inherit it.
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -51,8 +65,10 @@ class Workplace:
         self.processes.append(process)
         return process
 
-    def run(self, *arguments: str, output: str = "runs/job/job.ipynb") -> "subprocess.CompletedProcess[str]":
-        process = self.begin(*arguments, output=output)
+    def run(
+        self, *arguments: str, output: str = "runs/job/job.ipynb", before: Sequence[str] = ()
+    ) -> "subprocess.CompletedProcess[str]":
+        process = self.begin(*arguments, output=output, before=before)
         out, err = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

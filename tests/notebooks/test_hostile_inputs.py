@@ -19,7 +19,8 @@ from papermill.parameterize import parameterize_notebook
 
 from hydra.errors import ConfigError, HydraError
 from hydra.notebook.doors import guard_paths
-from hydra.notebook.engine import BatchError, NotebookEngine
+from hydra.notebook.endings import BatchError
+from hydra.notebook.engine import NotebookEngine
 from hydra.notebook.parameters import assigned_parameters, check_names, resolve_run_dir
 from hydra.notebook.plan import Plan, Request
 from hydra.runtime import Run

@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 import signal
@@ -7,6 +8,7 @@ import nbformat
 import pytest
 from papermill.iorw import LocalHandler, PapermillIO, local_file_io_cwd, papermill_io, write_ipynb
 
+from hydra.notebook.endings import NotSavedError
 from hydra.notebook.storage import make_saves_safe, save_copy
 
 
@@ -59,8 +61,9 @@ def test_a_save_that_fails_leaves_the_old_notebook(
     path = tmp_path / "new" / "folder" / "nb.ipynb"
     write_ipynb(nbformat.v4.new_notebook(), str(path))
     old = path.read_bytes()
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space left"):
+    refused = OSError(errno.ENOSPC, "no space left")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(refused))
+    with pytest.raises(NotSavedError, match=r"nb\.ipynb must be written, but the disk is full \(no space left\)"):
         write_ipynb(nbformat.v4.new_notebook(metadata={"a": 1}), str(path))
     assert path.read_bytes() == old
     assert list(path.parent.iterdir()) == [path]
