@@ -2,7 +2,7 @@
 
 A subclass says what a parameter may be (`plan`); this module never learns what a config is. papermill's command exits
 with 0 when the run is done, 1 when it failed, 2 when what was asked for cannot be run (nothing was started or
-written), 75 when it was cut off and the same command goes on.
+written), 75 when it was cut off, or is executed by another process already, and the same command goes on.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from hydra.notebook.outputs import MAX_SHOWN_ERRORS, shorten
 from hydra.notebook.parameters import RUN_DIR, assigned_parameters, check_names, resolve_run_dir, secret_parameters
 from hydra.notebook.plan import TRAINING, Plan, Request
 from hydra.notebook.progress import Progress
-from hydra.notebook.storage import make_saves_safe, mask_notebook, save_copy
+from hydra.notebook.storage import NotebookInUseError, make_saves_safe, mask_notebook, own_notebook, save_copy
 from hydra.runtime import Run, RunStatus
 from hydra.runtime.paths import refuse_links_out
 from hydra.runtime.processes import ENGINE_PID, ENGINE_RUN_DIR
@@ -93,7 +93,11 @@ class NotebookEngine(Engine):
             progress_bar=False,
             autosave_cell_every=autosave_cell_every,
         )
-        return _Batch(plan, manager).execute(kernel_name, shows_progress=bool(progress_bar), options=options)
+        try:
+            with own_notebook(plan.run_dir, plan.notebook_name):
+                return _Batch(plan, manager).execute(kernel_name, shows_progress=bool(progress_bar), options=options)
+        except NotebookInUseError as error:
+            raise BatchError(f"{error}: {plan.command}", RESUMABLE) from error
 
 
 class _Batch:

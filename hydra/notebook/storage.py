@@ -1,13 +1,17 @@
 """Notebooks that are saved whole or not at all, with secrets masked. papermill truncates the only copy first."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 from papermill.iorw import LocalHandler, StreamHandler, papermill_io
 
+from hydra.errors import RunError
 from hydra.notebook.endings import saving
-from hydra.runtime.paths import write_atomically
+from hydra.runtime.paths import shown, write_atomically
 from hydra.runtime.secrets import mask_texts
 from hydra.runtime.sums import update_sums
 
@@ -30,6 +34,39 @@ class MaskedStreamHandler(StreamHandler):
     def write(self, buf: str, path: str) -> None:
         """Print the text `buf`."""
         super().write(_mask_notebook(buf), path)
+
+
+class NotebookInUseError(RunError):
+    """A notebook that another process executes on the same run."""
+
+
+@contextlib.contextmanager
+def own_notebook(run_dir: Path, name: str) -> Iterator[None]:
+    """While entered, no other process executes the notebook of that name on the run: each would save over the other.
+
+    The lock is flock(2), which the kernel frees however the process ends, so that it is never stale.
+
+    Raises:
+        NotebookInUseError: another process does so.
+        NotSavedError: nothing can be written in the run directory.
+    """
+    path = run_dir / f".{name}.lock"
+    with contextlib.ExitStack() as held:
+        with saving(path):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(path.open("a+b", buffering=0))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise NotebookInUseError(
+                    f"a notebook must be executed by one process at a time, but process {lock.read().decode()} "
+                    f"executes {name} on {shown(run_dir)}, which is left alone; when that has ended, the same command "
+                    "goes on"
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
+        yield
 
 
 OWN_HANDLERS = {LocalHandler: AtomicLocalHandler, StreamHandler: MaskedStreamHandler}

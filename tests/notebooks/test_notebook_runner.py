@@ -203,6 +203,28 @@ def test_a_disk_that_is_full_for_a_while(workplace: Workplace, wait_until: Calla
     assert is_proven(workplace)
 
 
+def test_a_schedule_fires_while_the_run_before_lives(
+    workplace: Workplace, start_trainer_source: str, wait_until: Callable[..., None]
+) -> None:
+    """The later one ends at once and touches nothing; the first ends as if nothing had been."""
+    workplace.write_notebook(start_trainer_source.replace("N_STEPS", "20"), WAIT, WATCH)
+    first = workplace.begin()
+    wait_until(lambda: workplace.output.exists() and workplace.statuses()[2] == "running")
+    wait_until(lambda: workplace.state()["status"] == "done")
+    before = {path: path.stat().st_mtime_ns for path in workplace.run_dir.rglob("*")}
+    later = workplace.run()
+    assert later.returncode == 75
+    assert f"process {first.pid} executes job on runs/job" in later.stderr
+    assert "the same command goes on: papermill job.ipynb runs/job/job.ipynb" in later.stderr
+    assert "Traceback" not in later.stderr
+    assert {path: path.stat().st_mtime_ns for path in workplace.run_dir.rglob("*")} == before
+    (workplace.root / "go").touch()
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 0, err
+    assert is_proven(workplace)
+    assert workplace.run().returncode == 0
+
+
 def test_two_runs_save_as_the_same_output(workplace: Workplace) -> None:
     """Each save is whole, the last one stays, and each run keeps its own notebook."""
     waits = "import time\nfrom hydra.notebook import run_directory\nfor _ in range(5):\n    time.sleep(0.2)"
