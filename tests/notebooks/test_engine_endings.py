@@ -163,6 +163,8 @@ def test_a_cell_takes_too_long(workplace: Workplace) -> None:
     workplace.write_notebook("import time\nprint('begun')\ntime.sleep(60)", "'never'")
     done = workplace.run("--execution-timeout", "2")
     assert done.returncode == 1, done.stderr
+    assert "Error: CellTimeout: the cell took longer" in done.stderr
+    assert "Traceback" not in done.stderr
     assert workplace.statuses() == ["completed", "failed", "pending"]
     assert error_of(workplace.read().cells[1]).ename == "CellTimeout"
     assert "CellTimeout" in workplace.report()

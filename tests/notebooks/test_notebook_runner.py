@@ -95,6 +95,7 @@ def test_a_fault_in_a_cell(workplace: Workplace, train_source: Callable[[int], s
         assert done.returncode == 75, done.stderr
         assert "Traceback" not in done.stderr
         assert workplace.left_behind() == []
+        assert workplace.read().metadata.papermill.exception is True
         assert not is_told_ok(workplace)
         assert workplace.statuses() == ["completed", "completed", "failed", "pending"]
         ended = code_cells(workplace)[2]
@@ -109,7 +110,7 @@ def test_100_mb_of_output(workplace: Workplace) -> None:
     """However it comes, a cell leaves a megabyte, and a word on how much more there was."""
     n, n_each = 100_000_000, 5_000_000
     workplace.write_notebook(
-        f"for _ in range(100):\n    print('x' * {n // 100 - 1})\nprint('unseen')",
+        f"for _ in range(100):\n    print('x' * {n // 100 - 1}, flush=True)\nprint('unseen')",
         f"'x' * {n_each}",
         f"shown = display('x', display_id=True)\nshown.update('x' * {n_each})",
         "'still there'",
