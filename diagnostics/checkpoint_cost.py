@@ -5,8 +5,8 @@
 First the `debug` preset with its default intervals, in this process: the share of its steps' time that goes into
 checkpoints, metrics, ledger, the search for what is not finite, and the guard. Then real runs with the weights and the
 optimizer of the `100M` preset, on few tokens so that their steps are short: what a checkpoint adds to the time from one
-step's end to that of the next, written at once and in the background. There the thread that writes gets what the steps
-leave of the processor, so that it is at work for many of them; what it takes from all of them together is told too.
+step's end to that of the next, written at once and in the background. There it is written by and by, after many steps;
+what it takes from all of them together is told too.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ MAX_SHARE = 0.01
 MAX_ADDED_S = 0.150
 N_STEPS = 400
 # Cycles, and steps in each: the first follows a checkpoint, the LAST ones tell what a step takes.
-AT_ONCE, IN_BACKGROUND = (6, 6), (4, 30)
+AT_ONCE, IN_BACKGROUND = (6, 6), (4, 70)
 LAST = 4
 POLL_S = 0.2
 
@@ -72,7 +72,7 @@ def share_of_steps(folder: Path) -> float:
         for owner, name in [
             (Trainer, "_checkpoint_if_due"),
             (Trainer, "_log_if_due"),
-            (Trainer, "_reserve_if_due"),
+            (Trainer, "_go_on_saving"),
             (Ledger, "update"),
             (SpikeGuard, "finds"),
             (SpikeGuard, "remember"),

@@ -72,6 +72,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 COMPILE_CACHE = "compiled"  # under data_dir, shared by runs
 MAX_ROLLBACKS = 3
+BACKGROUND_SHARE = 0.01
+"""Of a step's time, that goes into a checkpoint which is written in the background."""
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_RESUMABLE = 0, 1, 2, 75
 
 
@@ -223,8 +225,10 @@ class Trainer:
         self._compile_if_due()
         self._evaluate_if_due()
         while self.step < self.config.max_steps and not self.is_stopping:
-            self._log_if_due(self.take_step())
-            self._reserve_if_due()
+            began = time.perf_counter()
+            result = self.take_step()
+            self._go_on_saving(BACKGROUND_SHARE * (time.perf_counter() - began))
+            self._log_if_due(result)
             self._evaluate_if_due()
             self._checkpoint_if_due()
 
@@ -415,15 +419,16 @@ class Trainer:
         self.model.train()
         self._time_at_last_log += time.perf_counter() - began
 
-    def _reserve_if_due(self) -> None:
-        """After its first step a session has all that a checkpoint holds, and the peak of memory still before it."""
+    def _go_on_saving(self, seconds: float) -> None:
         background = self.background
-        if background and not background.is_ready:
+        if background is None:
+            return
+        if not background.is_ready:
+            # After its first step a session has all that a checkpoint holds, and the peak of memory still before it.
             self._within_memory(lambda: background.reserve(self.checkpoint()))
+        self._save(lambda: background.advance(seconds), is_last=False)
 
     def _checkpoint_if_due(self) -> None:
-        if self.background and self.background.has_failed:
-            self._save(self.background.finish, is_last=False)
         is_last = self.step == self.config.max_steps
         best = self._best_step()
         is_best = self.config.keep_best and self.step == best

@@ -102,8 +102,12 @@ def save_checkpoint(
 
 def saving(
     run_dir: Path, step: int, checkpoint: Checkpoint, keep_last: int, keep_steps: Collection[int] = ()
-) -> Iterator[None]:
-    """What `save_checkpoint` does, in pieces of a few milliseconds (but for fsync), each of which any thread may do."""
+) -> Iterator[bool]:
+    """What `save_checkpoint` does, in pieces of about a millisecond, each of which any thread may do.
+
+    Yields:
+        After each piece whether the rest is mostly a wait for the disk, and takes no more processor to speak of.
+    """
     final = checkpoint_directory(run_dir, step)
     final.parent.mkdir(exist_ok=True)
     _remove_unfinished(final.parent)
@@ -117,10 +121,10 @@ def saving(
     for old in list_checkpoints(run_dir)[:-keep_last]:
         if step_of(old) not in keep_steps:
             _remove(old)
-            yield
+            yield True
 
 
-def _write(final: Path, checkpoint: Checkpoint) -> Iterator[None]:
+def _write(final: Path, checkpoint: Checkpoint) -> Iterator[bool]:
     temporary = final.parent / f".writing-{final.name}"
     temporary.mkdir()
     files: dict[str, object] = {}
@@ -133,12 +137,12 @@ def _write(final: Path, checkpoint: Checkpoint) -> Iterator[None]:
                 file.write(piece)
                 sha256.update(piece)
                 n_bytes += len(piece)
-                yield
+                yield False
         files[name] = {"n_bytes": n_bytes, "sha256": sha256.hexdigest()}
     (temporary / MANIFEST).write_text(_manifest_text(dict(sorted(files.items()))))
     for name in (*files, MANIFEST):
+        yield True
         paths.sync_file(temporary / name)
-        yield
     paths.sync_directory(temporary)
     os.rename(temporary, final)
     paths.sync_directory(final.parent)

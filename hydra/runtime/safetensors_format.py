@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIECE_BYTES = 4 * 2**20
+PIECE_BYTES = 2**20
 ALIGNMENT = 8
 # As the format calls torch's dtypes.
 DTYPES = {

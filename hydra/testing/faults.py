@@ -345,20 +345,20 @@ def _at_call_of_save(save: int, call: int, do: Callable[[], None]) -> None:
     real = checkpoint.saving
 
     @functools.wraps(real)
-    def counted(*args: Any, **named: Any) -> Iterator[None]:
+    def counted(*args: Any, **named: Any) -> Iterator[bool]:
         nonlocal n_saves, n_calls, saver
         n_saves += 1
         is_the_one, n_calls = n_saves == save, 0
         pieces = real(*args, **named)
-        is_left = True
-        while is_left:
+        while True:
             saver = threading.get_ident() if is_the_one else None
             try:
-                is_left = next(pieces, StopIteration) is None
+                is_wait = next(pieces, None)
             finally:
                 saver = None
-            if is_left:
-                yield
+            if is_wait is None:
+                return
+            yield is_wait
 
     checkpoint.saving = counted
     _count_calls(before)

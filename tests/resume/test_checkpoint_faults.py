@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,8 +52,8 @@ def save_in_child(
                 background.saving = checkpoint.saving
                 saver = background.BackgroundSaver()
                 saver.save(run_dir, step, make(step), KEPT)
-                while saver.is_writing:
-                    time.sleep(0.001)
+                for _ in range(100):
+                    saver.advance(0.0)
                 saver.finish()
             else:
                 checkpoint.save_checkpoint(run_dir, step, make(step), keep_last=KEPT)

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hydra.runtime import background, checkpoint, safetensors_format
+from hydra.runtime import background, safetensors_format
 from hydra.runtime.background import BackgroundSaver
 from hydra.runtime.checkpoint import Checkpoint, check_checkpoint, list_checkpoints, save_checkpoint
 
@@ -22,77 +23,90 @@ def make() -> Checkpoint:
     return Checkpoint(tensors, {"step": 1})
 
 
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """The thread waits after its first piece until this is set; whoever else writes does not."""
-    event, real = threading.Event(), checkpoint.saving
-
-    def waiting(*args: Any) -> Iterator[None]:
-        for _ in real(*args):
-            yield
-            if threading.current_thread() is not threading.main_thread():
-                event.wait(TIMEOUT_S)
-
-    monkeypatch.setattr(background, "saving", waiting)
-    return event
-
-
-def test_what_changes_after_the_call_is_not_in_it(tmp_path: Path, held: threading.Event) -> None:
-    saver, saved = BackgroundSaver(), make()
+def expected(tmp_path: Path, saved: Checkpoint) -> dict[str, bytes]:
     (tmp_path / "expected").mkdir()
-    save_checkpoint(tmp_path / "expected", 1, saved, keep_last=1)
+    return content(save_checkpoint(tmp_path / "expected", 1, saved, keep_last=1))
+
+
+@pytest.fixture
+def saved() -> Checkpoint:
+    return make()
+
+
+@pytest.mark.parametrize("n_pieces", [0, 3, 10_000])
+def test_it_is_the_checkpoint_of_the_call_whoever_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Checkpoint, expected: dict[str, bytes], n_pieces: int
+) -> None:
+    """By `finish` alone, by both, or by `advance` and its thread."""
+    monkeypatch.setattr(safetensors_format, "PIECE_BYTES", 8)
+    saver = BackgroundSaver()
     saver.save(tmp_path, 1, saved, 1)
     saved.tensors["model"]["weight"].zero_()
     saved.tensors["optimizer"]["weight/step"].add_(1)
     assert list_checkpoints(tmp_path) == []
-    held.set()
-    saver.finish()
-    (directory,), (expected,) = list_checkpoints(tmp_path), list_checkpoints(tmp_path / "expected")
-    assert {path.name: path.read_bytes() for path in directory.iterdir()} == {
-        path.name: path.read_bytes() for path in expected.iterdir()
-    }
+    for _ in range(n_pieces):
+        saver.advance(0.0)
+    if n_pieces == 10_000:
+        assert saver._thread is not None
+        saver._thread.join(TIMEOUT_S)
+    else:
+        assert list_checkpoints(tmp_path) == []
+        saver.finish()
+    (directory,) = list_checkpoints(tmp_path)
+    assert content(directory) == expected
 
 
-def test_whoever_waits_writes_the_rest_himself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_format, "PIECE_BYTES", 8)
-    writers: set[str] = set()
-    real, has_begun = checkpoint.saving, threading.Event()
+def test_a_call_writes_a_piece_at_least_and_no_longer_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Checkpoint
+) -> None:
+    written: list[int] = []
 
-    def noted(*args: Any) -> Iterator[None]:
-        for _ in real(*args):
-            writers.add(threading.current_thread().name)
-            yield
-            if threading.current_thread() is not threading.main_thread():
-                has_begun.set()
-                saver._hurry.wait(TIMEOUT_S)
+    def hundred(*args: Any) -> Iterator[bool]:
+        for piece in range(100):
+            time.sleep(0.001)
+            written.append(piece)
+            yield False
 
-    monkeypatch.setattr(background, "saving", noted)
+    monkeypatch.setattr(background, "saving", hundred)
     saver = BackgroundSaver()
-    saver.save(tmp_path, 1, make(), 1)
-    assert has_begun.wait(TIMEOUT_S)
-    saver.finish()
-    assert writers == {"checkpoint", threading.main_thread().name}
+    saver.save(tmp_path, 1, saved, 1)
+    for n_written in range(5):
+        assert len(written) == n_written
+        saver.advance(0.0)
+    saver.advance(0.01)
+    assert 6 < len(written) < 50
+    saver.advance(TIMEOUT_S)
+    assert len(written) == 100
+
+
+def test_nothing_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Checkpoint) -> None:
+    is_there, real = threading.Event(), os.fsync
+
+    def slow(descriptor: int) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        is_there.wait(TIMEOUT_S)
+        real(descriptor)
+
+    saver = BackgroundSaver()
+    saver.save(tmp_path, 1, saved, 1)
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", slow)
+        for _ in range(100):
+            saver.advance(TIMEOUT_S)
+        assert list_checkpoints(tmp_path) == []
+        is_there.set()
+        saver.finish()
     check_checkpoint(list_checkpoints(tmp_path)[0])
-
-
-def test_the_thread_runs_when_nothing_else_wants_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policies: list[int] = []
-
-    def noted(*args: Any) -> Iterator[None]:
-        policies.append(os.sched_getscheduler(0))
-        yield
-
-    monkeypatch.setattr(background, "saving", noted)
-    saver = BackgroundSaver()
-    saver.save(tmp_path, 1, make(), 1)
-    assert saver._thread is not None
-    saver._thread.join(TIMEOUT_S)
-    assert policies == [os.SCHED_IDLE]
-    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_copies_are_made_once_and_saves_follow_each_other(tmp_path: Path) -> None:
     saver = BackgroundSaver()
+    saver.advance(0.0)
     assert not saver.is_ready
     saver.reserve(make())
     assert saver.is_ready
@@ -105,22 +119,26 @@ def test_copies_are_made_once_and_saves_follow_each_other(tmp_path: Path) -> Non
     assert places == {name: tensor.data_ptr() for name, tensor in saver._copies["model"].items()}
 
 
-@pytest.mark.parametrize("again", ["finish", "save"])
-def test_a_refused_call_is_raised_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str) -> None:
-    def refused(*args: Any) -> Iterator[None]:
+@pytest.mark.parametrize("where", ["a piece", "the disk"])
+@pytest.mark.parametrize("again", ["advance", "finish", "save"])
+def test_a_refused_call_is_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str, where: str) -> None:
+    def refused(*args: Any) -> Iterator[bool]:
+        if where == "the disk":
+            yield True
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield
 
     saver = BackgroundSaver()
     with monkeypatch.context() as context:
         context.setattr(background, "saving", refused)
         saver.save(tmp_path, 1, make(), 1)
-        assert saver._thread is not None
-        saver._thread.join(TIMEOUT_S)
-    assert saver.has_failed
-    with pytest.raises(OSError, match="No space"):
-        saver.finish() if again == "finish" else saver.save(tmp_path, 2, make(), 1)
-    assert not saver.has_failed
+        if where == "the disk":
+            saver.advance(0.0)
+            assert saver._thread is not None
+            saver._thread.join(TIMEOUT_S)
+        with pytest.raises(OSError, match="No space"):
+            saver.save(tmp_path, 2, make(), 1) if again == "save" else getattr(saver, again)(
+                *[0.0][again != "advance" :]
+            )
     saver.save(tmp_path, 2, make(), 1)
     saver.finish()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
