@@ -2,42 +2,35 @@
 
     python -m diagnostics.checkpoint_cost
 
-First the `debug` preset with its default intervals, in this process: the share of its steps' time that goes into
-checkpoints, metrics, ledger, the search for what is not finite, and the guard. Then real runs with the weights and the
-optimizer of the `100M` preset, on few tokens so that their steps are short: what a checkpoint adds to the time from one
-step's end to that of the next, written at once and in the background. There it is written by and by, after many steps;
-what it takes from all of them together is told too.
+First the `debug` preset with its default intervals: the share of its steps' time that goes into checkpoints, metrics,
+ledger, the search for what is not finite, and the guard. Then a model of the `100M` preset with its optimizer, on few
+tokens so that its steps are short: what a checkpoint and the step after it take together beyond a usual step, when it is
+written at once and in the background. There it is written by and by after many steps; how long that takes is told too.
 """
 
 import contextlib
 import dataclasses
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from diagnostics.bench.machine import ROOT, describe, wait_until_quiet
-from hydra.runtime import paths
+from diagnostics.bench.machine import describe, wait_until_quiet
 from hydra.runtime.guard import SpikeGuard
 from hydra.runtime.ledger import Ledger
-from hydra.runtime.memory.plan import read_plan
-from hydra.runtime.records import read_records
 from scripts.config import TrainingConfig
-from scripts.trainer import Trainer
+from scripts.trainer import BACKGROUND_SHARE, Trainer
 
 MAX_SHARE = 0.01
 MAX_ADDED_S = 0.150
 N_STEPS = 400
-# Cycles, and steps in each: the first follows a checkpoint, the LAST ones tell what a step takes.
-AT_ONCE, IN_BACKGROUND = (6, 6), (4, 70)
-LAST = 4
-POLL_S = 0.2
+N_ROUNDS, N_USUAL = 8, 4
+WARM = 6
+"""Steps after which all is compiled and the processor has found its pace."""
 
 
 @dataclasses.dataclass
@@ -90,58 +83,38 @@ def share_of_steps(folder: Path) -> float:
     return keeping.seconds / steps_s
 
 
-@contextlib.contextmanager
-def running(run_dir: Path, checkpoint_every: int, *, in_background: bool) -> Iterator["subprocess.Popen[bytes]"]:
-    """A trainer on a run with the state of the 100M preset."""
+def added_by_checkpoint(run_dir: Path, *, in_background: bool) -> dict[str, float]:
+    """Seconds that a checkpoint and the step after it take beyond a usual step, and what there is to know beside."""
     config = TrainingConfig.preset(
-        "100M",
-        batch_size=2,
-        micro_batch_size=2,
-        log_every=1,
-        checkpoint_every=checkpoint_every,
-        keep_checkpoints=1,
-        checkpoints_in_background=in_background,
+        "100M", batch_size=2, micro_batch_size=2, checkpoint_every=1, checkpoints_in_background=in_background
     )
-    run_dir.mkdir()
-    (run_dir / paths.CONFIG).write_text(config.to_json())
-    with (run_dir / paths.LOG).open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "scripts.trainer", str(run_dir)], cwd=ROOT, stderr=log)
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-
-def added_by_checkpoint(run_dir: Path, n_cycles: int, n_steps: int, *, in_background: bool) -> dict[str, float]:
-    """Seconds that a checkpoint adds to the time until the next step is done, and what that is compared with."""
-    last_step = n_steps * (n_cycles + 1) + 1
-    with running(run_dir, n_steps, in_background=in_background) as process:
-        while process.poll() is None:
-            records = read_records(run_dir / paths.METRICS) if (run_dir / paths.METRICS).is_file() else []
-            if records and records[-1]["step"] >= last_step:
-                break
-            time.sleep(POLL_S)
-    ends = {record["step"]: record["elapsed_s"] for record in records}
-    if last_step not in ends:
-        raise RuntimeError(f"a run must come to step {last_step}, but ended before; see {run_dir / paths.LOG}")
-    took = {step: ends[step] - ends[step - 1] for step in ends if step - 1 in ends}
-    added, together, usual = [], [], []
-    for first in range(n_steps + 1, last_step, n_steps):  # the cycle before has the compiler in it
-        cycle = [took[step] for step in range(first, first + n_steps)]
-        usual.append(statistics.median(cycle[-LAST:]))
-        added.append(cycle[0] - usual[-1])
-        together.append(sum(cycle) - n_steps * usual[-1])
-    plan = read_plan(run_dir)
-    assert plan is not None
+    usual, added, rest = [], [], []
+    with Trainer(config, run_dir).at_step(WARM) as trainer:
+        trainer._go_on_saving(0.0)  # takes the memory
+        for _ in range(N_ROUNDS):
+            usual.append(statistics.median(_seconds(trainer.take_step) for _ in range(N_USUAL)))
+            began = time.perf_counter()
+            trainer._checkpoint_if_due()
+            step_s = _seconds(trainer.take_step)
+            trainer._go_on_saving(BACKGROUND_SHARE * step_s)
+            added.append(time.perf_counter() - began - usual[-1])
+            if trainer.background:
+                rest.append(_seconds(trainer.background.finish))
+        plan = trainer.plan
     return {
         "usual": statistics.median(usual),
         "added": statistics.median(added),
         "most": max(added),
-        "together": statistics.median(together),
+        "rest": statistics.median(rest) if rest else 0.0,
         "bytes": plan.checkpoint_bytes,
         "planned": plan.prediction.checkpoint_copies,
     }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def main() -> int:
@@ -151,12 +124,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         share = share_of_steps(Path(name))
         print(f"share of the steps' time: {100 * share:.2f} % (goal below 1 %: {_verdict(share < MAX_SHARE)})\n")
-        print("| checkpoint | MB | copies planned, MB | step, ms | added, ms | at most, ms | to all steps, ms |")
+        print("| checkpoint | MB | copies planned, MB | step, ms | added, ms | at most, ms | written by and by, ms |")
         print("|---|---|---|---|---|---|---|")
-        for kind, cycles in {"at once": AT_ONCE, "in the background": IN_BACKGROUND}.items():
-            in_background = cycles is IN_BACKGROUND
-            found = added_by_checkpoint(Path(name, kind.replace(" ", "-")), *cycles, in_background=in_background)
-            milliseconds = (f"{1000 * found[key]:,.0f}" for key in ("usual", "added", "most", "together"))
+        for kind, in_background in {"at once": False, "in the background": True}.items():
+            found = added_by_checkpoint(Path(name, kind.replace(" ", "-")), in_background=in_background)
+            milliseconds = (f"{1000 * found[key]:,.0f}" for key in ("usual", "added", "most", "rest"))
             megabytes = (f"{found[key] / 1e6:,.0f}" for key in ("bytes", "planned"))
             print(f"| {kind} |", " | ".join([*megabytes, *milliseconds]), "|", flush=True)
     is_small = found["added"] <= MAX_ADDED_S
