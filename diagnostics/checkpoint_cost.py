@@ -4,7 +4,7 @@
 
 First the `debug` preset with its default intervals: the share of its steps' time that goes into checkpoints, metrics,
 ledger, the search for what is not finite, and the guard. Then a model of the `100M` preset with its optimizer, on few
-tokens so that its steps are short: what a checkpoint and the step after it take together beyond a usual step, when it is
+tokens so that its steps are short: what a checkpoint and the step after it take beyond a usual step, when it is
 written at once and in the background. There it is written by and by after many steps; how long that takes is told too.
 """
 
