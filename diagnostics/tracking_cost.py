@@ -68,7 +68,7 @@ def train(run_dir: Path, url: str | None, n_steps: int) -> tuple[list[float], li
 
 def main(arguments: list[str]) -> int:
     """Measure and print; returns 1 where the cost is above MAX_RATIO or losses differ."""
-    n_rounds, n_steps = (int(text) for text in [*arguments, *("6", "100")[len(arguments) :]])
+    n_rounds, n_steps = (int(text) for text in [*arguments, *("4", "800")[len(arguments) :]])
     print(describe())
     means: dict[str, list[float]] = {}
     losses = []

@@ -65,6 +65,7 @@ def every_field(corpus: Path, data_dir: Path) -> dict[str, object]:
         "checkpoint_every": 3,
         "keep_checkpoints": 1,
         "keep_best": False,
+        "checkpoints_in_background": True,
         "when_disk_is_full": "go_on",
         "allow_changes": ["max_steps"],
         "wandb_mode": "offline",
