@@ -2,10 +2,10 @@
 
     python -m diagnostics.storm [KILLS] [ROUNDS]
 
-KILLS (200) times a real trainer is killed while it trains, on each of its paths; ROUNDS (50) times a file of its newest
-checkpoint is damaged, and as often it is asked to stop. Every time the same command is given again, and at the end the
-weights, the figures and the samples are compared with those of a run that nothing disturbed. Then come a notebook and
-files that mean harm (diagnostics/hostile.py). The tests do the same in short.
+KILLS (200) times a real trainer is killed while it trains, on one of its paths or another; ROUNDS (50) times a file
+of its newest checkpoint is damaged, and as often it is asked to stop. Every time the same command is given again, and
+at the end the weights, the figures and the samples are compared with those of a run that nothing disturbed. Then come
+a notebook and files that mean harm (diagnostics/hostile.py). The tests do the same in short.
 """
 
 import logging

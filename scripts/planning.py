@@ -56,7 +56,10 @@ OVERHEAD_S = 0.004
 N_REHEARSED_STEPS = 3
 LEAST = "micro_batch_size=0, activation_checkpointing=auto, optimizer_offload=auto"
 PLANS = "memory-plans"  # under data_dir, shared by runs
-SOURCES = [Path(__file__).parents[1] / name for name in ("hydra", "scripts/trainer.py", "scripts/planning.py")]
+SOURCES = [
+    Path(__file__).parents[1] / name
+    for name in ("hydra", "scripts/trainer.py", "scripts/preparation.py", "scripts/planning.py")
+]
 
 
 def plan_memory(

@@ -58,7 +58,7 @@ from hydra.runtime.ranks import Ranks
 from hydra.runtime.records import MetricsWriter, keep_records, read_records
 from hydra.runtime.signals import StopRequest
 from hydra.runtime.source import keep_source
-from hydra.runtime.sums import has_sums, write_sums
+from hydra.runtime.sums import has_sums, remove_sums, write_sums
 from hydra.runtime.tracking import check_installed
 from scripts.config import TrainingConfig
 from scripts.evaluation import as_written, evaluate, write_sample
@@ -190,13 +190,16 @@ class Trainer:
 
     def _train_as_owner(self) -> None:
         self.ledger.begin(self.config.max_steps)
+        remove_sums(self.run_dir)  # of a run that goes on after it was done
         try:
             self._train_to_the_end()
         except KeyboardInterrupt:
+            self._finish_save()
             self.ledger.finish("interrupted", stage="stopped", cause="KeyboardInterrupt", message="ended by its caller")
             raise
         except BaseException as error:
             cause, message = cause_and_message(error)
+            self._finish_save()  # before the last word, after which others may take the run
             self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=message)
             raise
 
@@ -426,7 +429,7 @@ class Trainer:
         if not background.is_ready:
             # After its first step a session has all that a checkpoint holds, and the peak of memory still before it.
             self._within_memory(lambda: background.reserve(self.checkpoint()))
-        self._save(lambda: background.advance(seconds), is_last=False)
+        self._save(lambda: background.advance(seconds), background.step)
 
     def _checkpoint_if_due(self) -> None:
         is_last = self.step == self.config.max_steps
@@ -437,21 +440,24 @@ class Trainer:
         began = time.perf_counter()
         self.ledger.update(stage="writing a checkpoint")
         self._require_finite_weights()
-        save = self.background.save if self.background else save_checkpoint
+        background = self.background
+        if background is not None:
+            self._save(background.finish, background.step)  # of the one before; whatever becomes of it, this is due
+        save = background.save if background else save_checkpoint
         kept = [best] if self.config.keep_best and best is not None else []
 
         def write() -> None:
             self.metrics.sync()
             save(self.run_dir, self.step, self.checkpoint(), self.config.keep_checkpoints, kept)
-            if self.background and (is_last or self.is_stopping):
-                self.background.finish()
+            if background and (is_last or self.is_stopping):
+                background.finish()
 
-        self._save(write, is_last=is_last)
+        self._save(write, self.step, must_succeed=is_last or self.is_stopping)
         self.ledger.update(stage="training")
         self._time_at_last_log += time.perf_counter() - began
 
-    def _save(self, write: Callable[[], None], *, is_last: bool) -> None:
-        """Do it; a full disk is met as the config says.
+    def _save(self, write: Callable[[], None], step: int, *, must_succeed: bool = False) -> None:
+        """Write (on at) the checkpoint of `step`; a full disk is met as the config says.
 
         Raises:
             DiskFullError: it ends the run.
@@ -461,18 +467,20 @@ class Trainer:
         except OSError as error:
             if not is_disk_full(error):
                 raise
-            problem = f"a checkpoint at step {self.step} must be written, but the disk is full ({error})"
-            if self.config.when_disk_is_full == "stop" or is_last or self.is_stopping:
+            problem = f"a checkpoint of step {step} must be written, but the disk is full ({error})"
+            if self.config.when_disk_is_full == "stop" or must_succeed:
                 raise DiskFullError(f"{problem}; make room and give the same command again") from None
             logger.warning("%s; going on without it", problem)
 
     def _finish_save(self) -> None:
         """What is under way when a session ends early is still worth having."""
-        assert self.background is not None
+        if self.background is None:
+            return
         try:
             self.background.finish()
         except OSError as error:
-            logger.warning("the checkpoint that was being written is lost: %s", error)
+            step = self.background.step
+            logger.warning("the checkpoint of step %d is lost (%s); the run goes on from the one before", step, error)
 
     def checkpoint(self) -> Checkpoint:
         """Everything that the next step depends on."""

@@ -1,5 +1,6 @@
 """Checkpoints that are written while training goes on, from a copy: a little after every step."""
 
+import copy
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -24,7 +25,9 @@ class BackgroundSaver:
         self._copies: dict[str, dict[str, Tensor]] = {}
         self._rest: Iterator[bool] = iter(())
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
+        self.step = 0
+        """Of the save that came last."""
 
     @property
     def is_ready(self) -> bool:
@@ -44,6 +47,7 @@ class BackgroundSaver:
             OSError: as `finish`.
         """
         self.finish()
+        self.step = step
         self._rest = saving(run_dir, step, self._copy(checkpoint), keep_last, keep_steps)
 
     def advance(self, seconds: float) -> None:
@@ -59,8 +63,9 @@ class BackgroundSaver:
         end = time.perf_counter() + seconds
         for is_wait in self._rest:
             if is_wait:
-                self._thread = threading.Thread(target=self._wait_for_disk, name="checkpoint", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._wait_for_disk, name="checkpoint", daemon=True)
+                thread.start()
+                self._thread = thread
                 return
             if time.perf_counter() >= end:
                 return
@@ -84,7 +89,7 @@ class BackgroundSaver:
         try:
             for _ in self._rest:
                 pass
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError) as error:  # `finish` raises it
             self._error = error
 
     def _copy(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -102,4 +107,4 @@ class BackgroundSaver:
                 del copies[name]
         if is_on_gpu:
             torch.cuda.synchronize()
-        return Checkpoint(self._copies, checkpoint.trainer_state)
+        return Checkpoint(self._copies, copy.deepcopy(checkpoint.trainer_state))

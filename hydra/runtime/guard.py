@@ -68,7 +68,8 @@ class SpikeGuard:
 
     def state(self) -> dict[str, object]:
         """What a checkpoint holds of it."""
-        return {"skipped_steps": self.skipped_steps, **{name: list(values) for name, values in self._taken.items()}}
+        taken = {name: list(values) for name, values in self._taken.items()}
+        return {"skipped_steps": list(self.skipped_steps), **taken}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` gave."""

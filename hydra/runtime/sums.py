@@ -15,6 +15,11 @@ def has_sums(run_dir: Path) -> bool:
     return (run_dir / SUMS).is_file()
 
 
+def remove_sums(run_dir: Path) -> None:
+    """Forget what was taken down, since the run is about to change."""
+    (run_dir / SUMS).unlink(missing_ok=True)
+
+
 def write_sums(run_dir: Path) -> None:
     """Take down every file of the run as it is now."""
     _write(run_dir, {name: _hash(run_dir / name) for name in _files(run_dir)})

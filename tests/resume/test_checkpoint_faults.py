@@ -219,7 +219,7 @@ def test_a_run_may_go_on_without_the_checkpoint_for_which_there_was_no_room(
     call = moments.randint(1, 18)
     print("call", call)
     errors = storm.finish(run_dir, [{"fault": "full_disk_in_save", "save": 4, "call": call}])
-    assert "must be written, but the disk is full" in errors
+    assert "step 12 must be written, but the disk is full" in errors
     assert "going on without it" in errors
     steps = list(map(step_of, list_checkpoints(run_dir)))
     assert 12 not in steps

@@ -99,7 +99,7 @@ def test_a_run_may_wait_for_room_and_loses_no_record(make_run: MakeRun, undistur
     errors = storm.finish(run_dir, [{"fault": "full_disk", "pattern": "*.json*", "step": 6, "last_step": 17}])
     assert errors.count("records are kept in memory until there is room again") == 1
     assert errors.count("the ledger is behind until there is room again") >= 1
-    assert "a checkpoint at step 8 must be written, but the disk is full" in errors
+    assert "a checkpoint of step 8 must be written, but the disk is full" in errors
     assert storm.differences(run_dir, undisturbed) == []
 
 

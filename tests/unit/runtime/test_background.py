@@ -20,7 +20,7 @@ TIMEOUT_S = 30.0
 
 def make() -> Checkpoint:
     tensors = {"model": {"weight": torch.randn(40, 30)}, "optimizer": {"weight/step": torch.tensor(3.0)}}
-    return Checkpoint(tensors, {"step": 1})
+    return Checkpoint(tensors, {"step": 1, "skipped_steps": [1]})
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -48,6 +48,7 @@ def test_it_is_the_checkpoint_of_the_call_whoever_writes_it(
     saver.save(tmp_path, 1, saved, 1)
     saved.tensors["model"]["weight"].zero_()
     saved.tensors["optimizer"]["weight/step"].add_(1)
+    saved.trainer_state["skipped_steps"].append(2)
     assert list_checkpoints(tmp_path) == []
     for _ in range(n_pieces):
         saver.advance(0.0)
