@@ -22,16 +22,21 @@ with logging_to(Path(sys.argv[1])):
 """
 
 
-def test_a_log_without_room_is_told_of_once_and_goes_on(tmp_path: Path) -> None:
-    log = tmp_path / "trainer.log"
-    errors = subprocess.run(
-        [sys.executable, "-c", LOG_WITHOUT_ROOM, str(log)],
+def errors_of(program: str, log: Path) -> str:
+    """What the program, which gets the path of its log, writes to standard error."""
+    return subprocess.run(
+        [sys.executable, "-c", program, str(log)],
         cwd=storm.ROOT,
         capture_output=True,
         check=True,
         text=True,
         timeout=60,
     ).stderr
+
+
+def test_a_log_without_room_is_told_of_once_and_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "trainer.log"
+    errors = errors_of(LOG_WITHOUT_ROOM, log)
     assert "Traceback" not in errors
     assert errors.count("may miss lines from here on, since it cannot be written") == 1
     assert "before" in log.read_text()
@@ -39,17 +44,5 @@ def test_a_log_without_room_is_told_of_once_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_log_that_stays_without_room_ends_as_quietly(tmp_path: Path) -> None:
-    errors = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            LOG_WITHOUT_ROOM.split("    file_size_limit(resource")[0],
-            str(tmp_path / "trainer.log"),
-        ],
-        cwd=storm.ROOT,
-        capture_output=True,
-        check=True,
-        text=True,
-        timeout=60,
-    ).stderr
+    errors = errors_of(LOG_WITHOUT_ROOM.split("    file_size_limit(resource")[0], tmp_path / "trainer.log")
     assert "Traceback" not in errors
