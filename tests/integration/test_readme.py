@@ -84,8 +84,8 @@ def test_the_lines_that_look_at_a_step_again(
 ) -> None:
     run_dir = make_run("again")
     assert start_trainer(run_dir).wait(timeout=120) == 0
-    program = BLOCKS[7].replace("runs/pretrain", str(run_dir)).replace("runs/lower", f"{tmp_path}/lower")
-    said = run_python(program.replace("412", "12").replace("400", "10"))
+    program = BLOCKS[7].replace("run, 412", "run, 12").replace("run, 400", "run, 10")
+    said = run_python(program.replace("runs/pretrain", str(run_dir)).replace("runs/lower", f"{tmp_path}/lower"))
     assert "bit for bit as recorded" in said
     parent = json.loads((tmp_path / "lower" / "parent.json").read_text())
     assert (parent["run"], parent["step"]) == ("again", 10)
