@@ -2,10 +2,11 @@
 
     python -m diagnostics.checkpoint_cost
 
-First the `debug` preset with its default intervals: the share of its steps' time that goes into checkpoints, metrics,
-ledger, the search for what is not finite, and the guard. Then a model of the `100M` preset with its optimizer, on few
-tokens so that its steps are short: what a checkpoint and the step after it take beyond a usual step, when it is
-written at once and in the background. There it is written by and by after many steps; how long that takes is told too.
+First a whole run of the `debug` preset with its default intervals: the share of its steps' time, without evaluation,
+that goes into checkpoints, metrics, ledger, the search for what is not finite, and the guard. Then a model of the
+`100M` preset with its optimizer, on few tokens so that its steps are short: what a checkpoint and the step after it
+take beyond a usual step, when it is written at once and in the background. There it is written by and by after many
+steps; how long that takes is told too.
 """
 
 import contextlib
@@ -27,7 +28,6 @@ from scripts.trainer import BACKGROUND_SHARE, Trainer
 
 MAX_SHARE = 0.01
 MAX_ADDED_S = 0.150
-N_STEPS = 400
 N_ROUNDS, N_USUAL = 8, 4
 WARM = 6
 """Steps after which all is compiled and the processor has found its pace."""
@@ -59,7 +59,7 @@ class Clock:
 
 def share_of_steps(folder: Path) -> float:
     """Of the wall time of a run's steps, what goes into keeping the run."""
-    config = TrainingConfig.preset("debug", max_steps=N_STEPS, eval_every=N_STEPS, sample_tokens=0)
+    config = TrainingConfig.preset("debug")
     keeping, evaluating, all_steps = Clock(), Clock(), Clock()
     with contextlib.ExitStack() as patches:
         for owner, name in [
@@ -75,10 +75,11 @@ def share_of_steps(folder: Path) -> float:
         patches.enter_context(evaluating.watched(Trainer, "_compile_if_due"))
         patches.enter_context(all_steps.watched(Trainer, "_take_steps"))
         Trainer(config, folder / "debug").train()
-    steps_s = all_steps.seconds - evaluating.seconds
+    n_steps, steps_s = config.max_steps, all_steps.seconds - evaluating.seconds
     print(
-        f"debug, {N_STEPS} steps of {1000 * steps_s / N_STEPS:.1f} ms, a checkpoint every {config.checkpoint_every}, a "
-        f"line of metrics every {config.log_every}: {1000 * keeping.seconds:.0f} of {1000 * steps_s:.0f} ms"
+        f"debug, {n_steps} steps of {1000 * steps_s / n_steps:.1f} ms, a checkpoint every {config.checkpoint_every}, "
+        f"an evaluation every {config.eval_every}, a line of metrics every {config.log_every}: "
+        f"{1000 * keeping.seconds:.0f} of {1000 * steps_s:.0f} ms"
     )
     return keeping.seconds / steps_s
 

@@ -6,6 +6,13 @@ run is a folder under DIR/runs, named by the hash of its config: comparisons in 
 it, and what is done stays done after a kill. `results.json` is written anew after each comparison and measured length.
 """
 
+if __name__ == "__main__":
+    # Importing torch takes a second or more, in which a request to stop must be heard too.
+    from hydra.runtime.signals import StopRequest
+
+    asked_to_stop = StopRequest()
+    asked_to_stop.listen()
+
 import hashlib
 import logging
 import math
@@ -34,6 +41,7 @@ from scripts.arms import Arm, LeftOut, build_all_arms, count_runs, describe_left
 from scripts.attention_costs import measure_costs
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
+from scripts.recovery import cause_and_message
 from scripts.trainer import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, Trainer
 
 logger = logging.getLogger(__name__)
@@ -87,43 +95,48 @@ class Comparer:
             self.ledger.close()
 
     def _run_as_owner(self) -> None:
-        config = self.config
         self.ledger.begin(self.ledger.state.max_steps, unit="run")
         record_session(self.run_dir, describe_session(), {})
         keep_records(self.run_dir / paths.METRICS, lambda step: False)
         self.results = paths.read_json(self.run_dir / paths.RESULTS) or self.results
         try:
-            load_copies(config.attention_code, self.run_dir / paths.CODE)
-            self.ledger.update(stage="checking attention classes")
-            for name in (config.baseline, *config.arms):
-                training = config.training_config(name)
-                specs = [layer.spec for layer in training.model_spec().plan_layers()]
-                check_before_training(specs, training.context_length)
-            self.ledger.update(stage="solving for equal arms")
-            # All before the first run: what cannot be made equal is told in seconds, and not after hours.
-            self.arms = build_all_arms(config)
-            told = "\n".join(describe_left_out(self.arms)) or None
-            self.ledger.update(max_steps=count_runs(config, self.arms), message=told)
-            for equal, (arms, left_out) in self.arms.items():
-                self.results["comparisons"].setdefault(equal, _describe_arms(arms, left_out))
-            self._write()
-            for equal in config.equal:
-                self._compare(equal)
-            self.ledger.update(stage="measuring speed and memory")
-            for costs in measure_costs(config, self.results.get("costs", {}), self.results["comparisons"]):
-                self._refuse_if_stopped()
-                self.results["costs"] = costs
-                self._write()
+            self._run_all()
         except Stopped:
             signal_name = self.stop.signal_name
             self.ledger.finish("interrupted", stage="stopped", cause=signal_name, message=f"stopped by {signal_name}")
             return
         except BaseException as error:
-            cause = type(error).__name__ if isinstance(error, HydraError) else "error"
-            self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=str(error))
+            cause, message = cause_and_message(error)
+            self.ledger.finish("failed", stage=self.ledger.state.stage, cause=cause, message=message)
             raise
         self.ledger.update(step=self.ledger.state.max_steps)
         self.ledger.finish("done", stage="done")
+
+    @raising_disk_full()
+    def _run_all(self) -> None:
+        self._refuse_if_stopped()
+        config = self.config
+        load_copies(config.attention_code, self.run_dir / paths.CODE)
+        self.ledger.update(stage="checking attention classes")
+        for name in (config.baseline, *config.arms):
+            training = config.training_config(name)
+            specs = [layer.spec for layer in training.model_spec().plan_layers()]
+            check_before_training(specs, training.context_length)
+        self.ledger.update(stage="solving for equal arms")
+        # All before the first run: what cannot be made equal is told in seconds, and not after hours.
+        self.arms = build_all_arms(config)
+        told = "\n".join(describe_left_out(self.arms)) or None
+        self.ledger.update(max_steps=count_runs(config, self.arms), message=told)
+        for equal, (arms, left_out) in self.arms.items():
+            self.results["comparisons"].setdefault(equal, _describe_arms(arms, left_out))
+        self._write()
+        for equal in config.equal:
+            self._compare(equal)
+        self.ledger.update(stage="measuring speed and memory")
+        for costs in measure_costs(config, self.results.get("costs", {}), self.results["comparisons"]):
+            self._refuse_if_stopped()
+            self.results["costs"] = costs
+            self._write()
 
     # ---------------------------------------------------------------- one comparison
 
@@ -243,8 +256,12 @@ def _diverged(arm: Arm, by_seed: Mapping[int, tuple[float, float]]) -> LeftOut:
     return LeftOut(arm.name, f"it diverged on seed {', '.join(map(str, seeds))} at the rate that was best in tuning")
 
 
-def main(arguments: list[str]) -> int:
-    """Run the comparison of the folder that is the one argument; returns the exit status, as that of a trainer."""
+def main(arguments: list[str], stop: StopRequest | None = None) -> int:
+    """Run the comparison of the folder that is the one argument; returns the exit status, as that of a trainer.
+
+    Args:
+        stop: listens to signals already; left out, they are listened to from here on.
+    """
     if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.stderr.write("usage: python -m scripts.compare DIR (a folder with a config.json; there are no flags)\n")
         return EXIT_BAD_CONFIG
@@ -259,8 +276,9 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError, ConfigError) as error:
         logger.error("%s must hold the config of a comparison, but: %s", run_dir / paths.CONFIG, error)
         return EXIT_BAD_CONFIG
-    stop = StopRequest()
-    stop.listen()
+    if stop is None:
+        stop = StopRequest()
+        stop.listen()
     try:
         status = Comparer(config, run_dir, stop).run()
     except HydraError as error:
@@ -270,6 +288,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    exit_status = main(sys.argv[1:])
+    exit_status = main(sys.argv[1:], asked_to_stop)
     logging.shutdown()
     os._exit(exit_status)

@@ -214,8 +214,9 @@ class TrainingConfig:
     """Steps between two lines of metrics.jsonl."""
     eval_every: PositiveInt = 300
     """Steps between two evaluations on the whole validation text; there is one at the end as well."""
-    checkpoint_every: PositiveInt = 200
-    """Steps between two checkpoints; there is one at the end and when it is asked to stop as well."""
+    checkpoint_every: PositiveInt = 300
+    """Steps between two checkpoints; there is one at the end and when it is asked to stop as well. Where
+    evaluations come at the same steps, the best one needs none of its own."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""
     keep_best: bool = True

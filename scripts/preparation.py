@@ -1,5 +1,6 @@
 """What a run settles before its first step: whether it may go on, its code, its data, its memory."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,11 +73,15 @@ def settle_memory(
 ) -> tuple[MemoryPlan, Choices]:
     """Choose micro-batch and checkpointing so that a step fits the memory, in the run's first session for good.
 
+    A change of micro_batch_size chooses anew; one that only takes other memory is planned with what was chosen.
+
     Raises:
         MemoryLimitError: nothing that may be chosen fits, or this machine has less than the run needs.
     """
     stored = read_plan(run_dir)
-    if stored and choices.micro_batch_size and not CHANGE_MEMORY & changes.keys():
+    is_chosen = stored is not None and choices.micro_batch_size > 0
+    # Plans of before do not tell how large a checkpoint is.
+    if stored and is_chosen and stored.checkpoint_bytes and not CHANGE_MEMORY & changes.keys():
         limit = allowed_memory(read_memory(choices.device), config.memory_limit_mib)
         if stored.prediction.total > limit.limit_bytes:
             raise MemoryLimitError(
@@ -84,6 +89,13 @@ def settle_memory(
                 f"allows {limit.limit_bytes / 2**20:,.0f} MiB ({limit.source}); go on where there is more"
             )
         return stored, choices
+    if is_chosen and "micro_batch_size" not in changes:
+        config = dataclasses.replace(
+            config,
+            micro_batch_size=choices.micro_batch_size,
+            activation_checkpointing=choices.activation_checkpointing,  # type: ignore[arg-type]
+            optimizer_offload="yes" if choices.optimizer_offload else "no",
+        )
     # It pays to import this only here: a resumed run has its plan.
     from scripts.planning import plan_memory
 

@@ -21,7 +21,7 @@ from hydra.runtime.checkpoint import check_checkpoint, list_checkpoints, load_ch
 from hydra.runtime.copies import copied
 from hydra.runtime.random_state import RandomState
 from hydra.runtime.records import keep_records
-from hydra.runtime.sums import find_changes
+from hydra.runtime.sums import find_altered_files
 from scripts.config import TrainingConfig
 from scripts.evaluation import as_written
 from scripts.launch import launch
@@ -163,7 +163,7 @@ def verify(run: Run, n_steps: int = 20) -> Iterator[str]:
     the start and from every checkpoint that is kept: losses and gradient norms must be bit for bit those of
     metrics.jsonl, and weights and optimizer those of the next checkpoint, where the steps come to it.
     """
-    yield from find_changes(run.directory)
+    yield from find_altered_files(run.directory)
     config = TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
     starts = [0]
     for directory in list_checkpoints(run.directory):

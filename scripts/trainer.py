@@ -43,7 +43,7 @@ from hydra.optim import (
 )
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.background import BackgroundSaver
-from hydra.runtime.checkpoint import Checkpoint, load_checkpoint, newest_whole, save_checkpoint
+from hydra.runtime.checkpoint import Checkpoint, has_checkpoint, load_checkpoint, newest_whole, save_checkpoint
 from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
 from hydra.runtime.copies import copied
 from hydra.runtime.disk import is_disk_full, raising_disk_full, require_room
@@ -435,7 +435,8 @@ class Trainer:
         is_last = self.step == self.config.max_steps
         best = self._best_step()
         is_best = self.config.keep_best and self.step == best
-        if not (self.step % self.config.checkpoint_every == 0 or is_last or is_best or self.is_stopping):
+        is_due = self.step % self.config.checkpoint_every == 0 or is_last or is_best or self.is_stopping
+        if not is_due or has_checkpoint(self.run_dir, self.step):
             return
         began = time.perf_counter()
         self.ledger.update(stage="writing a checkpoint")

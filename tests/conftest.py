@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,17 @@ from hydra.testing import storm
 from scripts.config import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
+SLOW_IMPORT = """
+import sys, time
+from pathlib import Path
+here = Path(__file__).parent
+(here / "begun").touch()
+while not (here / "may_end").exists():
+    time.sleep(0.01)
+sys.path.remove(str(here))
+del sys.modules["torch"]
+import torch
+"""
 
 
 def import_interpreted() -> None:
@@ -70,6 +82,31 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, corpus_dir: Path, shared_
 def start_trainer() -> Callable[[Path], "subprocess.Popen[str]"]:
     """The README's command on a run directory, in a process group of its own."""
     return storm.start_trainer
+
+
+@pytest.fixture
+def stopped_while_torch_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> "Callable[[Callable[[], subprocess.Popen[str]]], str]":
+    """Starts a process, sends SIGTERM while it imports torch, and wants it to end as one that goes on (75).
+
+    That import takes a second, and from a cold network disk many. Gives what was written to standard error.
+    """
+    (tmp_path / "torch.py").write_text(SLOW_IMPORT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+    def stopped(start: "Callable[[], subprocess.Popen[str]]") -> str:
+        process, deadline = start(), time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        (tmp_path / "may_end").touch()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75, errors
+        return errors
+
+    return stopped
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ class NotSavedError(BatchError):
 
 
 @contextlib.contextmanager
-def saving(path: Path) -> Iterator[None]:
+def raising_not_saved(path: Path) -> Iterator[None]:
     """Around the writing of a file that a batch run leaves.
 
     Raises:

@@ -12,14 +12,14 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
-from nbformat.v4 import new_output
+from nbformat.v4 import new_output, output_from_msg
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NotebookExecutionManager
 from papermill.log import logger
 from traitlets import Integer
 
 from hydra.notebook.endings import NotSavedError
-from hydra.notebook.outputs import MAX_OUTPUT_BYTES, MAX_SHOWN_ERRORS, Share, bound_error
+from hydra.notebook.outputs import MAX_OUTPUT_BYTES, MAX_SHOWN_ERRORS, Share, bound_error, left_out
 from hydra.runtime.secrets import MaskedStream, mask
 
 # sockaddr_un holds 108 bytes; jupyter_client appends "-ipc-5" to the connection file's stem.
@@ -170,11 +170,13 @@ class BatchClient(PapermillNotebookClient):
         share = self._shares[cell_index]
         match msg["msg_type"]:
             case "error":
-                msg = {**msg, "content": bound_error(content)}
+                error = output_from_msg({**msg, "content": bound_error(content)})
+                share.add_error(outs, error)
+                return error
             case "stream":
                 share.add_stream(outs, content["name"], content["text"])
                 return new_output("stream", name=content["name"], text=content["text"])
-            case _ if not share.has_room_for(content.get("data", {}), outs):
+            case _ if not share.has_room_for(content, outs):
                 return None
         return super().output(outs, msg, display_id, cell_index)
 
@@ -185,12 +187,17 @@ class BatchClient(PapermillNotebookClient):
             self._shares.pop(cell_index, None)
 
     def _update_display_id(self, display_id: str, msg: dict) -> None:
-        """Let what is displayed already change in its place, within the share of its cell."""
-        data = msg["content"]["data"]
-        for cell_index, places in self._display_id_map.get(display_id, {}).items():
-            outs = self.nb.cells[cell_index].outputs
-            data = self._shares[cell_index].exchange([outs[place].data for place in places], data)
-        super()._update_display_id(display_id, {**msg, "content": {**msg["content"], "data": data}})
+        """Let what is displayed already change in its place, within the share of every cell that shows it."""
+        content = msg["content"]
+        old = {
+            cell_index: [self.nb.cells[cell_index].outputs[place] for place in places]
+            for cell_index, places in self._display_id_map.get(display_id, {}).items()
+        }
+        if not all(self._shares[index].has_room_to_exchange(outs, content) for index, outs in old.items()):
+            content = {**content, **left_out(content, self.max_output_bytes)}
+        for cell_index, outs in old.items():
+            self._shares[cell_index].exchange(outs, content)
+        super()._update_display_id(display_id, {**msg, "content": content})
 
     def _show_kernel_errors(self) -> None:
         sys.stderr.write(mask(self._kernel_errors.read_text(errors="replace"))[-MAX_SHOWN_ERRORS:])

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from nbformat import NotebookNode
 from nbformat.v4 import new_output
 
+from hydra.runtime.secrets import mask, n_begun
+
 MAX_OUTPUT_BYTES = 1_000_000
 MAX_SHOWN_ERRORS = 4_000  # characters
 MAX_TRACEBACK = 100_000  # characters
@@ -21,47 +23,71 @@ class Share:
         self._note = new_output("stream", name="stdout", text="")
 
     def add_stream(self, outs: list[NotebookNode], name: str, text: str) -> None:
-        """Merge what was printed into the outputs, as far as there is room."""
-        printed = text.encode(errors="replace")
-        kept = printed[: self._room]
-        if kept:
-            self._kept += len(kept)
-            _append_stream(outs, name, kept.decode(errors="ignore"))
-        if len(kept) < len(printed):
-            self._add_cut(len(printed) - len(kept), outs)
+        """Merge what was printed into the outputs, as far as there is room; what is overwritten takes none."""
+        if self._cut:
+            self._add_cut(_n_bytes(text), outs)
+            return
+        out = _open_stream(outs, name)
+        head, newline, line = out.text.rpartition("\n")
+        shown = _as_terminal(line + text)
+        n_more, room = _n_bytes(shown) - _n_bytes(line), self._n_bytes - self._kept
+        if n_more > room:
+            # Masked first: half a secret, at the end, would not be found any more.
+            beginning = mask(shown).encode(errors="replace")[: _n_bytes(line) + room].decode(errors="ignore")
+            self._add_cut(_n_bytes(shown) - _n_bytes(beginning), outs)
+            shown, n_more = beginning[: len(beginning) - n_begun(beginning)], room
+        out.text = head + newline + shown
+        self._kept += n_more
+        if not out.text:
+            outs.remove(out)
 
-    def has_room_for(self, data: Mapping[str, object], outs: list[NotebookNode]) -> bool:
-        """Whether the forms of a display may be kept, which then counts them; half a picture is none."""
-        if _size(data) > self._room:
-            self._add_cut(_size(data), outs)
+    def has_room_for(self, display: Mapping[str, object], outs: list[NotebookNode]) -> bool:
+        """Whether a display may be kept, which then counts it; half a picture is none."""
+        if self._cut or _size(display) > self._n_bytes - self._kept:
+            self._add_cut(_size(display), outs)
             return False
-        self._kept += _size(data)
+        self._kept += _size(display)
         return True
 
-    def exchange(self, old: Sequence[Mapping[str, object]], new: Mapping[str, object]) -> Mapping[str, object]:
-        """What may stand in the place of each `old` display: `new`, or a word on why it may not."""
-        left = self._kept - sum(map(_size, old))
-        if left + len(old) * _size(new) > self._n_bytes:
-            new = {
-                "text/plain": f"[HYDRA left out a display of {_size(new):,} bytes: a cell may leave {self._n_bytes:,}]"
-            }
-        self._kept = left + len(old) * _size(new)
-        return new
+    def has_room_to_exchange(self, old: Sequence[Mapping[str, object]], new: Mapping[str, object]) -> bool:
+        """Whether the display `new` may stand in the place of each `old` one."""
+        return self._kept - sum(map(_size, old)) + len(old) * _size(new) <= self._n_bytes
 
-    @property
-    def _room(self) -> int:
-        """None once something was cut: what is kept is a beginning, and nothing that came later."""
-        return 0 if self._cut else self._n_bytes - self._kept
+    def exchange(self, old: Sequence[Mapping[str, object]], new: Mapping[str, object]) -> None:
+        """Count the display `new` in the place of each `old` one."""
+        self._kept += len(old) * _size(new) - sum(map(_size, old))
+
+    def add_error(self, outs: list[NotebookNode], error: NotebookNode) -> None:
+        """Keep an error. The last one stays whatever room there is: it says how the cell ended."""
+        before = next((out for out in reversed(outs) if out.output_type == "error"), None)
+        if before is None or (not self._cut and _size(error) <= self._n_bytes - self._kept):
+            self._kept += _size(error)
+            outs.append(error)
+        else:
+            self._add_cut(_size(before), outs)
+            before.update(error)
 
     def _add_cut(self, n_bytes: int, outs: list[NotebookNode]) -> None:
-        """The note is an output of its own, so that what was kept is not copied for each line that follows."""
+        """From the first cut on nothing more is kept: what is there is a beginning, and nothing that came later.
+
+        The note is an output of its own, so that what was kept is not copied for each line that follows.
+        """
         if not self._cut:
+            for out in outs:  # the rest of a secret may be in what is cut
+                if out.output_type == "stream":
+                    out.text = out.text[: len(out.text) - n_begun(out.text)]
             outs.append(self._note)
         self._cut += n_bytes
         self._note.text = (
             f"\n[HYDRA cut the output of this cell here: {self._cut:,} bytes more, and a cell may leave "
             f"{self._n_bytes:,}; papermill's --stdout-file keeps all that is printed]\n"
         )
+
+
+def left_out(display: Mapping[str, object], n_bytes: int) -> dict[str, object]:
+    """A word in the place of a display for which there is no room in the `n_bytes` of a cell."""
+    text = f"[HYDRA left out a display of {_size(display):,} bytes: a cell may leave {n_bytes:,}]"
+    return {"data": {"text/plain": text}, "metadata": {}}
 
 
 def bound_error(content: Mapping[str, object]) -> dict[str, object]:
@@ -84,21 +110,25 @@ def shorten(text: str, length: int) -> str:
     return f"{text[:half]}\n[HYDRA cut {len(text) - 2 * half:,} characters here]\n{text[-half:]}"
 
 
-def _size(data: Mapping[str, object]) -> int:
-    """Bytes that the forms of a display take in a notebook, about."""
-    return len(str(data).encode(errors="replace"))
+def _size(output: Mapping[str, object]) -> int:
+    """Bytes that it takes in a notebook, about."""
+    kept = {key: output[key] for key in ("data", "metadata", "ename", "evalue", "traceback") if key in output}
+    return _n_bytes(str(kept))
 
 
-def _append_stream(outs: list[NotebookNode], name: str, text: str) -> None:
-    """Merge into the stream of that name behind the last figure, as a terminal would show it (\\r and \\b applied)."""
+def _n_bytes(text: str) -> int:
+    return len(text.encode(errors="replace"))
+
+
+def _open_stream(outs: list[NotebookNode], name: str) -> NotebookNode:
+    """The stream of that name behind the last figure, to be written on; a new one if there is none."""
     for out in reversed(outs):
         if out.output_type != "stream":
             break
         if out.name == name:
-            head, newline, line = out.text.rpartition("\n")
-            out.text = head + newline + _as_terminal(line + text)
-            return
-    outs.append(new_output("stream", name=name, text=_as_terminal(text)))
+            return out
+    outs.append(new_output("stream", name=name, text=""))
+    return outs[-1]
 
 
 def _as_terminal(text: str) -> str:

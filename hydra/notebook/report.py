@@ -16,7 +16,7 @@ from nbformat.v4 import new_output
 from traitlets.config import Config
 
 from hydra.notebook import comparison
-from hydra.notebook.endings import saving
+from hydra.notebook.endings import raising_not_saved
 from hydra.notebook.figures import REPORT_SECTIONS, YARDSTICKS, config_section
 from hydra.notebook.markup import Section, escape, format_number, tiles
 from hydra.notebook.plan import COMPARISON, TRAINING, Plan
@@ -66,7 +66,7 @@ def render_report(nb: NotebookNode, plan: Plan, failure: str | None) -> Path:
     )[0]
     page = _seal(page)
     path = plan.run_dir / REPORT
-    with saving(path):
+    with raising_not_saved(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, page)
         update_sums(path)

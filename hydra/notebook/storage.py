@@ -10,7 +10,7 @@ import nbformat
 from papermill.iorw import LocalHandler, StreamHandler, papermill_io
 
 from hydra.errors import RunError
-from hydra.notebook.endings import saving
+from hydra.notebook.endings import raising_not_saved
 from hydra.runtime.paths import shown, write_atomically
 from hydra.runtime.secrets import mask_texts
 from hydra.runtime.sums import update_sums
@@ -52,17 +52,17 @@ def own_notebook(run_dir: Path, name: str) -> Iterator[None]:
     """
     path = run_dir / f".{name}.lock"
     with contextlib.ExitStack() as held:
-        with saving(path):
+        with raising_not_saved(path):
             run_dir.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(path.open("a+b", buffering=0))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
+                owner = f"process {pid}" if (pid := lock.read().decode()) else "another"  # that has only just begun
                 raise NotebookInUseError(
-                    f"a notebook must be executed by one process at a time, but process {lock.read().decode()} "
-                    f"executes {name} on {shown(run_dir)}, which is left alone; when that has ended, the same command "
-                    "goes on"
+                    f"a notebook must be executed by one process at a time, but {owner} executes {name} on "
+                    f"{shown(run_dir)}, which is left alone; when that has ended, the same command goes on"
                 ) from None
             lock.truncate(0)
             lock.write(str(os.getpid()).encode())
@@ -103,7 +103,7 @@ def save_copy(nb: nbformat.NotebookNode, path: Path, original: str | None) -> No
 
 
 def _save(text: str, path: Path) -> None:
-    with saving(path):
+    with raising_not_saved(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
         update_sums(path)  # papermill saves once more after the run is done

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.runtime.checkpoint import Checkpoint, saving
+from hydra.runtime.checkpoint import Checkpoint, save_in_pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class BackgroundSaver:
         """
         self.finish()
         self.step = step
-        self._rest = saving(run_dir, step, self._copy(checkpoint), keep_last, keep_steps)
+        self._rest = save_in_pieces(run_dir, step, self._copy(checkpoint), keep_last, keep_steps)
 
     def advance(self, seconds: float) -> None:
         """Write for about so long, a piece at least; nothing when all is written.

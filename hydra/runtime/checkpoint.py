@@ -46,6 +46,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
 
 
+def has_checkpoint(run_dir: Path, step: int) -> bool:
+    """Whether one of `step` finished steps has been written."""
+    return checkpoint_directory(run_dir, step).is_dir()
+
+
 def step_of(directory: Path) -> int:
     """Finished optimizer steps of the checkpoint in `directory`."""
     return int(directory.name.removeprefix("step-"))
@@ -95,15 +100,17 @@ def save_checkpoint(
     Everything is written to a directory beside, file by file with fsync, the manifest with every file's SHA-256 last;
     one rename makes it a checkpoint. A crash at any point leaves the checkpoints that were there.
     """
-    for _ in saving(run_dir, step, checkpoint, keep_last, keep_steps):
+    for _ in save_in_pieces(run_dir, step, checkpoint, keep_last, keep_steps):
         pass
     return checkpoint_directory(run_dir, step)
 
 
-def saving(
+def save_in_pieces(
     run_dir: Path, step: int, checkpoint: Checkpoint, keep_last: int, keep_steps: Collection[int] = ()
 ) -> Iterator[bool]:
-    """What `save_checkpoint` does, in pieces of about a millisecond, each of which any thread may do.
+    """What `save_checkpoint` does, in pieces that any thread may do.
+
+    While it writes they take about a millisecond each; the removal of an old checkpoint is one.
 
     Yields:
         After each piece whether the rest is mostly a wait for the disk, and takes no more processor to speak of.
@@ -111,7 +118,7 @@ def saving(
     final = checkpoint_directory(run_dir, step)
     final.parent.mkdir(exist_ok=True)
     _remove_unfinished(final.parent)
-    if final not in list_checkpoints(run_dir):
+    if not has_checkpoint(run_dir, step):
         try:
             yield from _write(final, checkpoint)
         except OSError:

@@ -30,7 +30,7 @@ DTYPES = {
 
 
 def safetensors_pieces(tensors: Mapping[str, "Tensor"]) -> Iterator[memoryview]:
-    """The file that holds `tensors`, at most PIECE_BYTES at a time; no tensor on the CPU is copied.
+    """The file that holds `tensors`, at most PIECE_BYTES at a time; no contiguous tensor on the CPU is copied.
 
     Raises:
         KeyError: a tensor has a dtype that is not in DTYPES.

@@ -60,6 +60,12 @@ def mask_texts(value: Value) -> Value:
     return value if pattern is None else _mask_inside(value, pattern, secrets)  # type: ignore[return-value]
 
 
+def n_begun(text: str) -> int:
+    """Characters at the end of the text with which a secret begins."""
+    lengths = (n for secret in _secrets() for n in range(1, len(secret)) if text.endswith(secret[:n]))
+    return max(lengths, default=0)
+
+
 class MaskedStream(io.TextIOBase):
     """A text stream, masked line by line: a secret that is written in pieces is masked as a whole."""
 
@@ -75,7 +81,7 @@ class MaskedStream(io.TextIOBase):
 
     def flush(self) -> None:
         """Write what there is of the last line too, but for an end with which a secret may begin."""
-        shown = len(self._line) - _begun(self._line)
+        shown = len(self._line) - n_begun(self._line)
         self._stream.write(mask(self._line[:shown]))
         self._line = self._line[shown:]
         self._stream.flush()
@@ -136,12 +142,6 @@ def _mask_inside(value: object, pattern: re.Pattern[str], secrets: frozenset[str
         case int() | float() if str(value) in secrets:
             return MASK
     return value
-
-
-def _begun(text: str) -> int:
-    """Characters at the end of the text with which a secret begins."""
-    lengths = (n for secret in _secrets() for n in range(1, len(secret)) if text.endswith(secret[:n]))
-    return max(lengths, default=0)
 
 
 @functools.lru_cache(maxsize=8)

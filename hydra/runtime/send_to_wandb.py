@@ -42,7 +42,7 @@ ANSWER_TIMEOUT_S = 30.0
 ASK_AGAIN_AFTER_S = 60.0
 # W&B writes its file that often, so that what was handed over a poll ago survives even if everything is killed.
 FILE_EVERY_S = POLL_S / 2
-NICENESS = 10  # the cores are the trainer's
+NICENESS = 19  # the cores are the trainer's; what it leaves of them suffices
 EXIT_BAD_ARGUMENTS = 2
 
 

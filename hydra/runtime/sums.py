@@ -34,7 +34,7 @@ def update_sums(file: Path) -> None:
         _write(run_dir, {**_read(run_dir), file.name: _hash(file)})
 
 
-def find_changes(run_dir: Path) -> list[str]:
+def find_altered_files(run_dir: Path) -> list[str]:
     """One line for each file that is not as it was taken down, is missing, or has come since; [] if all is well.
 
     A run that has not been taken down, since it is not done, gives one line that says so.

@@ -342,7 +342,7 @@ def _at_call_of_save(save: int, call: int, do: Callable[[], None]) -> None:
         if n_calls == call or (n_calls > call and name == "write"):
             do()
 
-    real = checkpoint.saving
+    real = checkpoint.save_in_pieces
 
     @functools.wraps(real)
     def counted(*args: Any, **named: Any) -> Iterator[bool]:
@@ -360,7 +360,7 @@ def _at_call_of_save(save: int, call: int, do: Callable[[], None]) -> None:
                 return
             yield is_wait
 
-    checkpoint.saving = counted
+    checkpoint.save_in_pieces = counted
     _count_calls(before)
 
 

@@ -57,10 +57,10 @@ class StormError(AssertionError):
 # -------------------------------------------------------------------- processes
 
 
-def start_trainer(run_dir: Path, faults: Faults = ()) -> "subprocess.Popen[str]":
-    """Start the trainer on `run_dir`; under `faults` (see hydra.testing.faults) by their launcher."""
+def start_trainer(run_dir: Path, faults: Faults = (), program: str = TRAINER) -> "subprocess.Popen[str]":
+    """Start the trainer, or another program, on `run_dir`; under `faults` by their launcher, hydra.testing.faults."""
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments(run_dir, faults)],
+        [sys.executable, "-m", *arguments(run_dir, faults, program)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -71,22 +71,22 @@ def start_trainer(run_dir: Path, faults: Faults = ()) -> "subprocess.Popen[str]"
     )
 
 
-def arguments(run_dir: Path, faults: Faults = ()) -> list[str]:
+def arguments(run_dir: Path, faults: Faults = (), program: str = TRAINER) -> list[str]:
     """What `python -m` needs to train the run, under `faults` by their launcher."""
     if not faults:
-        return [TRAINER, str(run_dir)]
+        return [program, str(run_dir)]
     with tempfile.NamedTemporaryFile("w", suffix=".json", dir=run_dir.parent, delete=False) as file:
         json.dump(list(faults), file)
-    return ["hydra.testing.faults", file.name, TRAINER, str(run_dir)]
+    return ["hydra.testing.faults", file.name, program, str(run_dir)]
 
 
-def finish(run_dir: Path, faults: Faults = (), status: int = 0) -> str:
-    """Run the trainer to its end; returns what it wrote to stderr.
+def finish(run_dir: Path, faults: Faults = (), status: int = 0, program: str = TRAINER) -> str:
+    """Run the trainer (or another program) to its end; returns what it wrote to stderr.
 
     Raises:
         StormError: it does not end with `status`.
     """
-    process = start_trainer(run_dir, faults)
+    process = start_trainer(run_dir, faults, program)
     try:
         _, errors = process.communicate(timeout=TIMEOUT_S)
     finally:

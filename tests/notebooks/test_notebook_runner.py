@@ -113,15 +113,17 @@ def test_100_mb_of_output(workplace: Workplace) -> None:
         f"for _ in range(100):\n    print('x' * {n // 100 - 1}, flush=True)\nprint('unseen')",
         f"'x' * {n_each}",
         f"shown = display('x', display_id=True)\nshown.update('x' * {n_each})",
+        "print('x' * 999_000)\nsame = display('x', display_id=True)",
+        "display('x', display_id=same.display_id)\nsame.update('x' * 5_000)",
         "'still there'",
         f"raise ValueError('x' * {n_each})",
     )
     done = workplace.run("--stdout-file", "all.txt")
     assert done.returncode == 1
     assert len(done.stderr) < 10_000
-    assert workplace.output.stat().st_size < 1_500_000
-    assert len(workplace.report()) < 1_000_000
-    _, lines, value, display, after, error = code_cells(workplace)
+    assert workplace.output.stat().st_size < 2_500_000
+    assert len(workplace.report()) < 2_000_000
+    _, lines, value, display, full, empty, after, error = code_cells(workplace)
     assert printed(lines).count("x") == 1_000_000 - 1
     assert f"[HYDRA cut the output of this cell here: {n - 1_000_000 + 7:,} bytes more" in printed(lines)
     assert "unseen" not in printed(lines)
@@ -129,6 +131,9 @@ def test_100_mb_of_output(workplace: Workplace) -> None:
     assert (workplace.root / "all.txt").stat().st_size == n + 7
     assert "bytes more" in printed(value)
     assert "left out a display" in display.outputs[0].data["text/plain"]
+    # What two cells show must have room in both.
+    assert "left out a display" in full.outputs[-1].data["text/plain"]
+    assert full.outputs[-1].data == empty.outputs[0].data
     assert after.outputs[0].data["text/plain"] == "'still there'"
     assert "characters here]" in error.outputs[0].evalue
 

@@ -49,7 +49,7 @@ def save_in_child(
             from hydra.runtime import background, checkpoint
 
             if in_background:
-                background.saving = checkpoint.saving
+                background.save_in_pieces = checkpoint.save_in_pieces
                 saver = background.BackgroundSaver()
                 saver.save(run_dir, step, make(step), KEPT)
                 for _ in range(100):

@@ -14,10 +14,12 @@ import pytest
 
 from hydra.errors import RunError
 from hydra.runtime import Run
+from hydra.testing import storm
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
 from scripts.launch import write_config_once
 
+COMPARER = "scripts.compare"
 CORPUS = Path(__file__).parents[2] / "README.md"
 
 
@@ -43,7 +45,7 @@ def make_comparison(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def start(run_dir: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "scripts.compare", str(run_dir)]
+    command = [sys.executable, "-m", COMPARER, str(run_dir)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -95,6 +97,25 @@ def test_killed_and_stopped_it_ends_at_the_same_figures(
     before = (run_dir / "results.json").stat().st_mtime_ns
     finish(run_dir)
     assert (run_dir / "results.json").stat().st_mtime_ns == before
+
+
+def test_stopped_while_torch_is_imported_it_says_so(
+    make_comparison: Callable[[str], Path],
+    stopped_while_torch_is_imported: "Callable[[Callable[[], subprocess.Popen[str]]], str]",
+) -> None:
+    run_dir = make_comparison("importing")
+    stopped_while_torch_is_imported(lambda: start(run_dir))
+    status = Run(run_dir).status()
+    assert (status.status, status.cause, status.step) == ("interrupted", "SIGTERM", 0)
+
+
+def test_a_full_disk_ends_it_by_that_name(make_comparison: Callable[[str], Path]) -> None:
+    run_dir = make_comparison("full")
+    errors = storm.finish(run_dir, [{"fault": "full_disk", "pattern": ".results.json.*", "step": 1}], 1, COMPARER)
+    assert "Traceback" not in errors
+    assert f"must be able to write {run_dir / 'results.json'}, but the disk is full" in errors
+    status = Run(run_dir).status()
+    assert (status.status, status.cause) == ("failed", "disk full")
 
 
 def test_a_folder_of_the_other_kind_is_refused(make_comparison: Callable[[str], Path]) -> None:

@@ -15,7 +15,7 @@ import torch
 from hydra.errors import ConfigError, RunError
 from hydra.layers.feed_forward import SquaredReLU
 from hydra.runtime import Run
-from hydra.runtime.sums import find_changes, write_sums
+from hydra.runtime.sums import find_altered_files, write_sums
 from scripts.config import TrainingConfig
 from scripts.replay import fork, replay, verify
 from scripts.trainer import Trainer
@@ -167,7 +167,7 @@ def test_a_moved_run_is_verified_and_any_altered_byte_is_named(finished: Path, t
         content = bytearray((moved / name).read_bytes() or b" ")
         content[len(content) // 2] ^= 1
         (moved / name).write_bytes(content)
-        assert any(str(name) in problem for problem in find_changes(moved)), name
+        assert any(str(name) in problem for problem in find_altered_files(moved)), name
         (moved / name).write_bytes((finished / name).read_bytes())
 
 

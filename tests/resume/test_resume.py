@@ -1,7 +1,6 @@
 """The same command goes on, or says why not: with other configs, cleared data, finished and failed runs."""
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -90,35 +89,13 @@ def test_stopped_while_it_prepares_it_ends_at_once_and_says_so(
     assert (status.status, status.cause, status.step) == ("interrupted", "SIGTERM", 0)
 
 
-SLOW_IMPORT = """
-import sys, time
-from pathlib import Path
-here = Path(__file__).parent
-(here / "begun").touch()
-while not (here / "may_end").exists():
-    time.sleep(0.01)
-sys.path.remove(str(here))
-del sys.modules["torch"]
-import torch
-"""
-
-
 def test_stopped_while_torch_is_imported_it_says_so(
-    make_run: MakeRun, start_trainer: StartTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun,
+    start_trainer: StartTrainer,
+    stopped_while_torch_is_imported: Callable[["Callable[[], subprocess.Popen[str]]"], str],
 ) -> None:
-    """That takes a second, and from a cold network disk many."""
-    (tmp_path / "torch.py").write_text(SLOW_IMPORT)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     run_dir = make_run("importing")
-    process = start_trainer(run_dir)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "begun").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.terminate()
-    (tmp_path / "may_end").touch()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
+    stopped_while_torch_is_imported(lambda: start_trainer(run_dir))
     status = Run.open(run_dir).status()
     assert (status.status, status.cause, status.step) == ("interrupted", "SIGTERM", 0)
 

@@ -73,7 +73,7 @@ def test_a_call_writes_a_piece_at_least_and_no_longer_than_it_may(
             written.append(piece)
             yield False
 
-    monkeypatch.setattr(background, "saving", hundred)
+    monkeypatch.setattr(background, "save_in_pieces", hundred)
     saver = BackgroundSaver()
     saver.save(tmp_path, 1, saved, 1)
     for n_written in range(5):
@@ -130,7 +130,7 @@ def test_a_refused_call_is_raised_once(tmp_path: Path, monkeypatch: pytest.Monke
 
     saver = BackgroundSaver()
     with monkeypatch.context() as context:
-        context.setattr(background, "saving", refused)
+        context.setattr(background, "save_in_pieces", refused)
         saver.save(tmp_path, 1, make(), 1)
         if where == "the disk":
             saver.advance(0.0)

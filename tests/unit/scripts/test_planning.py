@@ -14,12 +14,13 @@ from hydra.errors import ConfigError, MemoryLimitError
 from hydra.kernels.dispatch import is_triton_installed
 from hydra.model.framework import HydraModel
 from hydra.runtime import Run
-from hydra.runtime.choices import Choices
+from hydra.runtime.choices import Choices, settle
 from hydra.runtime.memory import HostMemory
 from hydra.runtime.memory.plan import Rung
 from scripts import planning
 from scripts.config import PRESETS, TrainingConfig
 from scripts.planning import forecast, plan_memory, predict_peak, rehearse
+from scripts.preparation import settle_memory
 from scripts.trainer import Trainer
 
 GIB = 2**30
@@ -201,6 +202,31 @@ def test_the_run_keeps_its_plan(make_run: Callable[..., Path], monkeypatch: pyte
     monkeypatch.setattr("scripts.preparation.read_memory", lambda device: HostMemory(2**20, "test"))
     with pytest.raises(MemoryLimitError, match="go on where there is more"):
         Trainer(config, run_dir).train()
+
+
+def test_other_memory_is_planned_with_what_the_run_has_chosen(data_dir: str, tmp_path: Path) -> None:
+    config = config_of(data_dir, micro_batch_size=0)
+    at_once, chosen = settle_memory(config, tmp_path, EAGER, {}, config.vocab_size)
+    assert (chosen.micro_batch_size, chosen.activation_checkpointing) == (8, "none")
+    halved = settle(tmp_path, chosen, micro_batch_size=2, activation_checkpointing="selective", optimizer_offload=False)
+
+    changed = dataclasses.replace(config, checkpoints_in_background=True)
+    changes = {"checkpoints_in_background": (False, True)}
+    plan, choices = settle_memory(changed, tmp_path, halved, changes, config.vocab_size)
+    assert choices == halved
+    assert (plan.micro_batch_size, plan.activation_checkpointing) == (2, "selective")
+    assert plan.prediction.checkpoint_copies == at_once.checkpoint_bytes > 0
+    with pytest.raises(MemoryLimitError):
+        settle_memory(dataclasses.replace(changed, memory_limit_mib=1), tmp_path, halved, changes, config.vocab_size)
+
+    # A plan of before, which does not tell how large a checkpoint is.
+    stored = json.loads((tmp_path / "memory.json").read_text())
+    (tmp_path / "memory.json").write_text(json.dumps({**stored, "checkpoint_bytes": 0}))
+    again, _ = settle_memory(changed, tmp_path, halved, {}, config.vocab_size)
+    assert again.checkpoint_bytes == at_once.checkpoint_bytes
+
+    anew, choices = settle_memory(config, tmp_path, halved, {"micro_batch_size": (2, 0)}, config.vocab_size)
+    assert (anew.micro_batch_size, choices.micro_batch_size) == (8, 8)
 
 
 def test_a_run_that_cannot_fit_ends_before_its_first_step(make_run: Callable[..., Path]) -> None:
