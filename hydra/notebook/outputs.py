@@ -30,7 +30,7 @@ class Share:
         out = _open_stream(outs, name)
         head, newline, line = out.text.rpartition("\n")
         shown = _as_terminal(line + text)
-        n_more, room = _n_bytes(shown) - _n_bytes(line), self._n_bytes - self._kept
+        n_more, room = _n_bytes(shown) - _n_bytes(line), max(0, self._n_bytes - self._kept)
         if n_more > room:
             # Masked first: half a secret, at the end, would not be found any more.
             beginning = mask(shown).encode(errors="replace")[: _n_bytes(line) + room].decode(errors="ignore")

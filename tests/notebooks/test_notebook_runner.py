@@ -113,8 +113,8 @@ def test_100_mb_of_output(workplace: Workplace) -> None:
         f"for _ in range(100):\n    print('x' * {n // 100 - 1}, flush=True)\nprint('unseen')",
         f"'x' * {n_each}",
         f"shown = display('x', display_id=True)\nshown.update('x' * {n_each})",
-        "print('x' * 999_000)\nsame = display('x', display_id=True)",
-        "display('x', display_id=same.display_id)\nsame.update('x' * 5_000)",
+        "display('x' * 990_000)\nsame = display('x', display_id=True)",
+        "display('x', display_id=same.display_id)\nsame.update('x' * 20_000)",
         "'still there'",
         f"raise ValueError('x' * {n_each})",
     )

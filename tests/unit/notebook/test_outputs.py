@@ -76,6 +76,15 @@ def test_many_errors_leave_a_beginning_and_the_last() -> None:
     assert "HYDRA cut" in printed(outs)
 
 
+def test_what_is_printed_after_an_error_for_which_there_was_no_room() -> None:
+    share, outs = Share(N_BYTES), list[NotebookNode]()
+    share.add_stream(outs, "stdout", "x" * 900)
+    share.add_error(outs, error_of("y" * 500))
+    share.add_stream(outs, "stdout", "z" * 50)
+    assert "z" not in printed(outs)
+    assert "50 bytes more" in printed(outs)
+
+
 def test_an_error_after_the_cut_is_seen() -> None:
     share, outs = Share(N_BYTES), list[NotebookNode]()
     share.add_stream(outs, "stdout", "x" * 2 * N_BYTES)
