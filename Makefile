@@ -4,7 +4,7 @@ BIN := .venv/bin
 # In a container one often is root, which JupyterLab refuses unless told.
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 .DEFAULT_GOAL := report
-.PHONY: report test check lab lock bench peers gpu-proof storm
+.PHONY: report test check lab lock bench peers gpu-proof faults storm
 
 report: .venv/installed
 	@$(BIN)/papermill notebooks/pretrain.ipynb runs/pretrain/pretrain.ipynb --engine hydra
@@ -29,6 +29,13 @@ peers: .venv-peers/installed
 # On a machine with a GPU: writes gpu-proof.md, a report to send back.
 gpu-proof: .venv/installed
 	@$(BIN)/python -m diagnostics.gpu_proof
+
+# Of the tests, those in which something dies, fills up, is damaged, doubled or hostile.
+faults: .venv/installed
+	@$(BIN)/python -m pytest tests/resume/test_storm.py tests/resume/test_checkpoint_faults.py tests/resume/test_full_disk.py \
+	    tests/resume/test_numeric_faults.py tests/resume/test_ranks.py tests/resume/test_resume.py \
+	    tests/resume/test_owners.py tests/notebooks/test_notebook_runner.py tests/notebooks/test_hostile_inputs.py \
+	    tests/unit/runtime/test_hostile_files.py tests/unit/notebook/test_hostile_pages.py
 
 # Half an hour of kills, damage, signals and hostile inputs; STORM="5 3" does 5 kills and 3 of the others.
 storm: .venv/installed
