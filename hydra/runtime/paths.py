@@ -102,8 +102,10 @@ def resolve_run_dir(given: str | Path, what: str = "run_dir") -> Path:
     """The absolute path of a run directory; relative ones start at the workspace root.
 
     Raises:
-        ConfigError: as `resolve_inside` does.
+        ConfigError: it is no path, or as `resolve_inside` does.
     """
+    if not isinstance(given, str | Path) or not str(given).strip():
+        raise ConfigError(f"{what} must be a path, such as 'runs/first', but got {given!r}")
     return resolve_inside(str(given), workspace_root(), what)
 
 

@@ -27,6 +27,7 @@ from hydra.runtime import Run
 from hydra.runtime.secrets import MASK
 from hydra.testing.hostile import job, pages, secrets
 from scripts.config import TrainingConfig
+from scripts.launch import launch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -316,6 +317,14 @@ def test_paths_of_a_run(workspace: Path) -> None:
             resolve_run_dir(path, "nb")
         with pytest.raises(HydraError):
             Run.open(path)
+
+
+@pytest.mark.parametrize("given", [None, "", " ", 3])
+def test_what_is_no_path_is_no_run(workspace: Path, given: Any) -> None:
+    with pytest.raises(ConfigError, match="must be a path"):
+        Run.open(given)
+    with pytest.raises(ConfigError, match="must be a path"):
+        launch(TrainingConfig.preset("tiny"), given)
 
 
 def test_runs_may_be_a_link_itself(workspace: Path) -> None:
