@@ -27,7 +27,11 @@ def main(arguments: list[str]) -> int:
     except HydraError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    print(f"{run.name}: {n_problems} problems" if n_problems else f"{run.name}: all is as it was written and computed")
+    print(
+        f"{run.name}: {n_problems} problem{'s' * (n_problems > 1)}"
+        if n_problems
+        else f"{run.name}: all is as it was written and computed"
+    )
     return 1 if n_problems else 0
 
 

@@ -21,6 +21,7 @@ from hydra.attention.registry import load_spec_class
 from hydra.data import DataSpec
 from hydra.errors import ConfigError, RunError
 from hydra.runtime import paths
+from hydra.runtime.ledger import read_status
 from hydra.runtime.paths import CODE, CONFIG, next_free, shown, workspace_root
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ class TrainingConfig:
         must(
             not unknown,
             "allow_changes",
-            f"name fields that a run may change ({', '.join(sorted(CHANGEABLE))})",
+            f"name fields that may change while a run goes on ({', '.join(sorted(CHANGEABLE))}; others need a new run)",
             unknown,
         )
         try:
@@ -648,9 +649,12 @@ def refuse_changed_config(config: JobConfig, run_dir: Path) -> None:
     """Return if `run_dir` is new or holds this very config.
 
     Raises:
-        RunError: it holds another, or is a folder of something else; the message says what to do.
+        RunError: it holds another, or steps beyond those that are asked for, or is a file or a folder of something
+            else; the message says what to do.
     """
     path = run_dir / CONFIG
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RunError(f"run_dir must be a folder, but {run_dir} is a file; give another run_dir")
     if path.is_file():
         is_comparison = "arms" in paths.read_json(path)
         if is_comparison != (config.module == "scripts.compare"):
@@ -664,6 +668,12 @@ def refuse_changed_config(config: JobConfig, run_dir: Path) -> None:
         except ConfigError as error:
             raise RunError(f"{path}: {error}") from None
         refuse_difference(config, stored, run_dir)
+        n_done = read_status(run_dir).step
+        if isinstance(config, TrainingConfig) and config.max_steps < n_done:
+            raise RunError(
+                f"max_steps must be at least {n_done}, the steps that {shown(run_dir)} has taken, but got "
+                f"{config.max_steps}; for a shorter run give another run_dir"
+            )
     elif run_dir.exists():
         foreign = [
             entry.name
@@ -747,7 +757,7 @@ def describe_unknown(name: str, value: object, names: list[str]) -> str:
         )
     meant = CALLED_ELSEWHERE.get(name.lower())
     hint = f"; did you mean {meant}?" if meant in names else closest(name, names)
-    return f"{name}: there is no such parameter{hint or '; scripts/config.py lists all of them'}"
+    return f"{name}: there is no such parameter{hint or '; scripts/config.py lists all, also for notebooks'}"
 
 
 def describe_problems(error: pydantic.ValidationError, names: list[str]) -> str:

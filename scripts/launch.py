@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 from hydra.attention.code import write_copies
-from hydra.errors import RunCutOffError, RunError
+from hydra.errors import ConfigError, RunCutOffError, RunError
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.disk import raising_disk_full
 from hydra.runtime.processes import ProcessIdentity, is_batch, start_process
 from hydra.runtime.secrets import refuse_secrets
+from hydra.runtime.sums import update_sums
 from hydra.runtime.tracking import check_installed
+from scripts.comparison import ComparisonConfig
 from scripts.config import JobConfig, TrainingConfig, refuse_changed_config
 
 START_TIMEOUT_S = 180.0  # importing torch from a cold network disk takes its time
@@ -26,9 +28,14 @@ def launch(config: JobConfig, run_dir: str | Path) -> Run:
     when this process ends; otherwise it is detached and goes on.
 
     Raises:
+        ConfigError: `config` is none, or `run_dir` no path of a run.
         RunError: the directory holds another config, or the trainer did not start (with the end of its log).
         RunCutOffError: the trainer was ended from outside before it owned the run.
     """
+    if not isinstance(config, TrainingConfig | ComparisonConfig):
+        raise ConfigError(
+            f"launch() needs a config, such as TrainingConfig.preset('debug'), but got {type(config).__name__}"
+        )
     directory = paths.resolve_run_dir(run_dir)
     write_config_once(config, directory)
     run = Run.open(directory)
@@ -80,3 +87,4 @@ def write_config_once(config: JobConfig, run_dir: Path) -> None:
     elif Run.open(run_dir).status().is_alive:
         raise RunError(f"a run must not be at work while its config changes, but {run_dir} is; stop it first")
     paths.write_atomically(path, config.to_json())
+    update_sums(path)

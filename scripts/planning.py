@@ -83,17 +83,22 @@ def plan_memory(
         predictions[rung] = predict_peak(config, choices, vocab_size, rung)
         return predictions[rung].total
 
-    checkpoint_bytes = checkpoint_bytes_of(config, vocab_size)
+    must = f"a training step must take at most {limit.limit_bytes / MIB:,.0f} MiB ({limit.source}), but needs"
+    or_raise = "; or raise memory_limit_mib" if limit.source == "memory_limit_mib" else ""
+    least_bytes = least_bytes_of(config, choices, vocab_size)
+    if least_bytes > limit.limit_bytes:  # told at once: to rehearse what is far too large takes minutes
+        raise MemoryLimitError(
+            f"{must} {least_bytes / MIB:,.0f} MiB for weights, gradients and optimizer alone; "
+            f"{_nearest_that_fits(config, choices, vocab_size, limit.limit_bytes)}{or_raise}"
+        )
     rung, tried = find_rung(ladder, total_of, limit.limit_bytes)
     if rung is None:
         least = min(tried, key=lambda one: tried[one])
         raise MemoryLimitError(
-            f"a training step must take at most {limit.limit_bytes / MIB:,.0f} MiB ({limit.source}), but needs "
-            f"{tried[least] / MIB:,.0f} MiB with micro_batch_size={least.micro_batch_size}, "
+            f"{must} {tried[least] / MIB:,.0f} MiB with micro_batch_size={least.micro_batch_size}, "
             f"activation_checkpointing={least.activation_checkpointing} and "
             f"optimizer_offload={'yes' if least.optimizer_offload else 'no'}; "
-            f"{_nearest_that_fits(config, choices, vocab_size, limit.limit_bytes)}"
-            f"{'; or raise memory_limit_mib' if limit.source == 'memory_limit_mib' else ''}"
+            f"{_nearest_that_fits(config, choices, vocab_size, limit.limit_bytes)}{or_raise}"
         )
     prediction = predictions[rung]
     if prediction.on_host:
@@ -106,7 +111,7 @@ def plan_memory(
         prediction=prediction,
         limit_bytes=limit.limit_bytes,
         limit_source=limit.source,
-        checkpoint_bytes=checkpoint_bytes,
+        checkpoint_bytes=checkpoint_bytes_of(config, vocab_size),
         tried=tuple(tried.items()),
     )
 
@@ -166,6 +171,16 @@ def checkpoint_bytes_of(config: TrainingConfig, vocab_size: int) -> int:
     return 4 * model.n_parameters() + state_bytes(dict(model.named_parameters()), config.optimizer_spec())
 
 
+def least_bytes_of(config: TrainingConfig, choices: Choices, vocab_size: int) -> int:
+    """What a step takes on its device at the least, whatever its activations take: a bound that needs no rehearsal."""
+    with torch.device("meta"):
+        n_parameters = HydraModel(config.model_spec(vocab_size)).n_parameters()
+    weights_and_gradients = 2 * torch.bfloat16.itemsize * n_parameters
+    if _optimizer_offload(config, choices.device)[-1]:
+        return weights_and_gradients
+    return checkpoint_bytes_of(config, vocab_size) + weights_and_gradients // 2
+
+
 def _micro_batch_sizes(config: TrainingConfig, device: str) -> list[int]:
     if config.micro_batch_size:
         return [config.micro_batch_size]
@@ -194,6 +209,8 @@ def _nearest_that_fits(config: TrainingConfig, choices: Choices, vocab_size: int
     def fits(**fields: Any) -> bool:
         left: dict[str, Any] = {"micro_batch_size": 0, "activation_checkpointing": "auto", "optimizer_offload": "auto"}
         changed = dataclasses.replace(config, **left, **fields)
+        if least_bytes_of(changed, choices, vocab_size) > limit_bytes:
+            return False
         least = Rung(1, "full", _optimizer_offload(changed, choices.device)[-1])
         return predict_peak(changed, choices, vocab_size, least).total <= limit_bytes
 
@@ -277,7 +294,7 @@ def rehearse(config: TrainingConfig, choices: Choices, vocab_size: int) -> Rehea
         choices = dataclasses.replace(choices, attention_kernel="scaled_dot_product")
     with torch.device("meta"):
         model = HydraModel(config.model_spec(vocab_size), execution_of(choices))
-    trainer = Trainer(config, ".")
+    trainer = Trainer(config, "rehearsal")  # which it does not touch
     trainer.device = torch.device("cpu")
     batch = blank_batch(min(2 * choices.micro_batch_size, config.batch_size), config.context_length)
     rehearsal = Rehearsal()

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hydra.errors import HydraError, NotFiniteError, RunError, SpikeError
-from hydra.runtime import Run, paths, workspace_root
+from hydra.errors import ConfigError, HydraError, NotFiniteError, RunError, SpikeError
+from hydra.runtime import Run, paths
 from hydra.runtime.checkpoint import check_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from hydra.runtime.copies import copied
 from hydra.runtime.random_state import RandomState
 from hydra.runtime.records import keep_records
 from hydra.runtime.sums import find_altered_files
-from scripts.config import TrainingConfig
+from scripts.config import ALWAYS_CHANGEABLE, CHANGEABLE, TrainingConfig
 from scripts.evaluation import as_written
 from scripts.launch import launch
 from scripts.trainer import StepResult, Trainer
@@ -92,12 +92,10 @@ def replay(run: Run, step: int) -> Replay:
     it, bit for bit where processor, torch and source are those of the run.
 
     Raises:
-        RunError: the run has no such step.
+        RunError: the run has no such step, or `run` is none.
         HydraError: as a trainer raises it: the shards are not there, the memory does not suffice, ...
     """
-    config = TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
-    if not 1 <= step <= config.max_steps:
-        raise RunError(f"step must be one of 1 to {config.max_steps} of run {run.name}, but got {step}")
+    config = _config_at(run, step, first=1)
     with copied(run, before=step) as copy, Trainer(config, copy).at_step(step - 1) as trainer:
         rows, batch, generators = trainer.next_rows(), trainer.next_batch(), RandomState.now()
         probe = Probe(trainer.model)
@@ -134,14 +132,20 @@ def fork(run: Run, step: int, run_dir: str | Path | None = None, **changes: obje
         ConfigError: a field that may not be changed, or a value that it may not have.
         RunError: the run has no such step, or there is something in run_dir.
     """
-    config = TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
-    if not 0 <= step <= config.max_steps:
-        raise RunError(f"step must be one of 0 to {config.max_steps} of run {run.name}, but got {step}")
+    config = _config_at(run, step, first=0)
+    fields = {field.name for field in dataclasses.fields(config)}
+    if fixed := sorted(changes.keys() & fields - CHANGEABLE - ALWAYS_CHANGEABLE):
+        raise ConfigError(
+            f"a fork goes on with its parent's weights, data and optimizer, so that {', '.join(fixed)} must stay; "
+            f"start a new run for that, or change what may be changed: {', '.join(sorted(CHANGEABLE))}"
+        )
     stored = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     preset = stored.pop("preset_name")
     allowed = {"allow_changes": tuple({*config.allow_changes, *changes})} if changes else {}
     forked = TrainingConfig.preset(preset, **{**stored, **changes, **allowed})
-    target = paths.next_free(run.directory) if run_dir is None else (workspace_root() / run_dir).resolve()
+    if forked.max_steps < step:
+        raise ConfigError(f"max_steps must be at least the {step} steps that were taken, but got {forked.max_steps}")
+    target = paths.next_free(run.directory) if run_dir is None else paths.resolve_run_dir(run_dir)
     if target.exists():
         raise RunError(f"a fork needs a folder of its own, but there is {target}; give another run_dir")
     with copied(run, before=step + 1) as copy:
@@ -154,6 +158,18 @@ def fork(run: Run, step: int, run_dir: str | Path | None = None, **changes: obje
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(copy, target)
     return launch(forked, target)
+
+
+def _config_at(run: Run, step: int, first: int) -> TrainingConfig:
+    """The config of the run, which must have the step; RunError if not."""
+    if not isinstance(run, Run):
+        raise RunError(f"run must be a run, such as Run.open('runs/first'), but got {run!r}")
+    config = TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
+    if not isinstance(step, int) or not first <= step <= config.max_steps:
+        raise RunError(
+            f"step must be a whole number from {first} to {config.max_steps} for run {run.name}, but got {step!r}"
+        )
+    return config
 
 
 def verify(run: Run, n_steps: int = 20) -> Iterator[str]:

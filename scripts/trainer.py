@@ -43,7 +43,14 @@ from hydra.optim import (
 )
 from hydra.runtime import Run, paths, workspace_root
 from hydra.runtime.background import BackgroundSaver
-from hydra.runtime.checkpoint import Checkpoint, has_checkpoint, load_checkpoint, newest_whole, save_checkpoint
+from hydra.runtime.checkpoint import (
+    Checkpoint,
+    has_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+)
 from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
 from hydra.runtime.copies import copied
 from hydra.runtime.disk import is_disk_full, raising_disk_full, require_room
@@ -150,7 +157,8 @@ class Trainer:
         try:
             with logging_to(self.run_dir / paths.LOG), ExitStack() as self._closing:
                 self._refuse_other_run()
-                is_left = self.ledger.state.status != "done" or not self.config.is_met_by(self.ledger.state.step)
+                state = self.ledger.state
+                is_left = state.status != "done" or not self.config.is_met_by(state.step) or self._has_lost_steps
                 if self.ranks.is_any(is_left):
                     self._train_as_owner()
             if self.ledger.state.status == "done" and (is_left or not has_sums(self.run_dir)):
@@ -654,7 +662,10 @@ class Trainer:
 
     def _refuse_other_run(self) -> None:
         """Where config.json has been changed since the newest checkpoint, that must be allowed."""
+        before = list_checkpoints(self.run_dir)
         self._newest = newest_whole(self.run_dir, sets_aside=True)
+        # Of a run that is done: it is computed again up to its end. One whose checkpoints were all taken away stays.
+        self._has_lost_steps = before[-1:] != ([self._newest] if self._newest else [])
         self._changes = find_changes(self.config, self.run_dir, self._newest, self.ranks.count)
 
     def _resume(self, directory: Path) -> None:

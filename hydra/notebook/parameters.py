@@ -48,7 +48,7 @@ def assigned_parameters(nb: "NotebookNode") -> dict[str, object]:
         if _kind_of_cell(cell.source) != DECLARED:
             raise ConfigError(
                 f"the cell tagged `{DECLARED}` must begin with a comment such as `{COMMENT}: what one may change`, "
-                f"but begins with {cell.source.partition(chr(10))[0]!r}"
+                f"colon included, but begins with {cell.source.partition(chr(10))[0]!r}"
             )
     injected = [cell for cell in nb.cells if INJECTED in cell.metadata.get("tags", [])]
     values: dict[str, object] = {}

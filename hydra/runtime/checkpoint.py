@@ -64,6 +64,7 @@ def newest_whole(run_dir: Path, *, before: int | None = None, sets_aside: bool =
         sets_aside: rename damaged ones to `damaged-step-...`, so that nothing takes them for checkpoints again. For
             the owner of the run only.
     """
+    is_damaged = False
     for directory in reversed(list_checkpoints(run_dir)):
         if before is not None and step_of(directory) >= before:
             continue
@@ -71,9 +72,12 @@ def newest_whole(run_dir: Path, *, before: int | None = None, sets_aside: bool =
             check_checkpoint(directory)
         except CheckpointError as error:
             logger.warning("%s; going on without it", error)
+            is_damaged = True
             if sets_aside:
                 _set_aside(directory)
         else:
+            if is_damaged:
+                logger.warning("instead of it %s is used", directory.name)
             return directory
     return None
 

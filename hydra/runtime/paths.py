@@ -106,7 +106,10 @@ def resolve_run_dir(given: str | Path, what: str = "run_dir") -> Path:
     """
     if not isinstance(given, str | Path) or not str(given).strip():
         raise ConfigError(f"{what} must be a path, such as 'runs/first', but got {given!r}")
-    return resolve_inside(str(given), workspace_root(), what)
+    run_dir = resolve_inside(str(given), workspace_root(), what)
+    if run_dir == (root := workspace_root()) and (root / "pyproject.toml").is_file():
+        raise ConfigError(f"{what} must be a folder of its own, but {str(given)!r} is the workspace; give runs/NAME")
+    return run_dir
 
 
 def refuse_links_out(run_dir: Path) -> None:

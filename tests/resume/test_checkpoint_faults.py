@@ -23,6 +23,7 @@ from hydra.runtime.checkpoint import (
     step_of,
 )
 from hydra.runtime.disk import is_disk_full
+from hydra.runtime.sums import find_altered_files
 from hydra.testing import faults, storm
 
 MakeRun = Callable[..., Path]
@@ -279,6 +280,22 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert f"going on from {checkpoint_directory(run_dir, 12)}" in log
     assert (newest.with_name(f"damaged-{newest.name}")).is_dir()
     assert storm.differences(run_dir, undisturbed) == []
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again(
+    make_run: MakeRun, undisturbed: Path, moments: random.Random
+) -> None:
+    run_dir = Path(shutil.copytree(undisturbed, make_run("rotten", **SHORT).with_name("rotten_end")))
+    newest = list_checkpoints(run_dir)[-1]
+    storm.flip_bit(newest / "model.safetensors", moments)
+    storm.finish(run_dir)
+    assert "instead of it step-00000028 is used" in (run_dir / "trainer.log").read_text()
+    assert storm.differences(run_dir, undisturbed) == []
+    assert find_altered_files(run_dir) == []
+    # One whose checkpoints were cleared away is left as it is.
+    shutil.rmtree(newest.parent)
+    storm.finish(run_dir)
+    assert not newest.parent.exists()
 
 
 def test_any_damage_to_any_shard_is_found(undisturbed: Path, tmp_path: Path, moments: random.Random) -> None:

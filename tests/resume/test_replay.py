@@ -53,9 +53,14 @@ def contents(run_dir: Path) -> dict[str, bytes]:
 
 
 def test_a_step_that_is_not_there(finished: Path) -> None:
-    for step in (0, 61):
-        with pytest.raises(RunError, match="1 to 60"):
-            replay(Run.open(finished), step)
+    for step in (0, 61, 3.5, "3"):
+        with pytest.raises(RunError, match="whole number from 1 to 60"):
+            replay(Run.open(finished), step)  # type: ignore[arg-type]
+        if step != 0:
+            with pytest.raises(RunError, match="whole number from 0 to 60"):
+                fork(Run.open(finished), step)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="must be a run"):
+        replay(str(finished), 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("where", ["output", "gradient"])
@@ -154,6 +159,10 @@ def test_a_fork_with_changes(finished: Path) -> None:
     assert before == after
     with pytest.raises(ConfigError, match="d_model"):
         fork(Run.open(finished), 40, finished.with_name("wider"), d_model=64)
+    with pytest.raises(ConfigError, match="max_steps must be at least the 40 steps"):
+        fork(Run.open(finished), 40, finished.with_name("shorter"), max_steps=30)
+    with pytest.raises(ConfigError, match="must stay in the workspace"):
+        fork(Run.open(finished), 40, "../outside")
     with pytest.raises(RunError, match="folder of its own"):
         fork(Run.open(finished), 40, finished.with_name("changed"))
 

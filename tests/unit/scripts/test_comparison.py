@@ -41,7 +41,7 @@ def comparison(**parameters: Any) -> ComparisonConfig:
         ({"cost_lengths": 5}, "^cost_lengths: input should be a list, but got 5 (int)$"),
         ({"window": 64}, "window: .* an option of attention gqa: write in the brackets of an arm, as gqa(window=64)"),
         ({"lr": 1}, "lr: there is no such parameter; did you mean learning_rate?"),
-        ({"dropout": 0.5}, "dropout: there is no such parameter; scripts/config.py lists all of them"),
+        ({"dropout": 0.5}, "dropout: there is no such parameter; scripts/config.py lists all, also for notebooks"),
         ({"arms": ["ccgqua"]}, "did you mean 'ccgqa'"),
         ({"arms": ["3*ccgqa, gqa(windov=3)"]}, "did you mean 'window'"),
         ({"arms": ["5*ccgqa"]}, "at most n_layers=4"),

@@ -40,7 +40,7 @@ from scripts.config import CALLED_ELSEWHERE, TrainingConfig, refuse_changed_conf
         ({"lr": 1}, ["lr: there is no such parameter; did you mean learning_rate?"]),
         ({"seq_len": 128}, ["did you mean context_length?"]),
         ({"Epochs": 1}, ["did you mean max_steps?"]),
-        ({"dropout": 0.5}, ["dropout: there is no such parameter; scripts/config.py lists all of them"]),
+        ({"dropout": 0.5}, ["dropout: there is no such parameter; scripts/config.py lists all, also for notebooks"]),
         ({"threads": 10**6}, ["threads"]),
         ({"a=1; import os": 2}, ["a=1; import os"]),
         ({"preset_name": "tiny", "max_steps": 0}, ["preset_name", "did you mean preset?", "max_steps"]),
@@ -115,6 +115,13 @@ def test_another_config_under_the_same_name_is_refused_with_the_difference_and_a
     with pytest.raises(RunError) as caught:
         refuse_changed_config(TrainingConfig(seed=3), run_dir)
     assert "seed: 0 there, 3 asked for" in str(caught.value)
+    shorter = TrainingConfig(max_steps=300, allow_changes=("max_steps",))
+    refuse_changed_config(shorter, run_dir)
+    (run_dir / "state.json").write_text(json.dumps({"status": "interrupted", "step": 301}))
+    with pytest.raises(RunError, match=r"max_steps must be at least 301, the steps that .* has taken, but got 300"):
+        refuse_changed_config(shorter, run_dir)
+    with pytest.raises(RunError, match=r"must be a folder, but .* is a file"):
+        refuse_changed_config(TrainingConfig(), run_dir / "config.json")
     assert "-r run_dir runs/pretrain-3" in str(caught.value)
 
 

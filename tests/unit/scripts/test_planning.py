@@ -148,6 +148,20 @@ def test_on_a_gpu_the_optimizer_leaves_when_nothing_else_fits(data_dir: str) -> 
         plan_memory(dataclasses.replace(config, optimizer_offload="yes"), EAGER, config.vocab_size)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_far_too_large_is_told_without_a_rehearsal(
+    data_dir: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = dataclasses.replace(EAGER, device=device)
+    config = config_of(data_dir)
+    bound = planning.least_bytes_of(config, choices, config.vocab_size)
+    assert 0 < bound < predict_peak(config, choices, config.vocab_size, Rung(1, "full", device == "cuda")).total
+    monkeypatch.setattr(planning, "rehearse", None)
+    huge = config_of(data_dir, d_model=2**16, d_feed_forward=2**18, n_layers=100)
+    with pytest.raises(MemoryLimitError, match="for weights, gradients and optimizer alone; no number of blocks"):
+        plan_memory(huge, choices, huge.vocab_size, HostMemory(16 * GIB, "test"))
+
+
 def test_copies_for_checkpoints_in_the_background_are_in_the_plan(data_dir: str) -> None:
     at_once, in_background = (config_of(data_dir, checkpoints_in_background=value) for value in (False, True))
     copies = planning.checkpoint_bytes_of(at_once, at_once.vocab_size)
