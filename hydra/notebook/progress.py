@@ -32,14 +32,14 @@ def seconds_left(status: RunStatus, record: Mapping[str, object]) -> float | Non
 def describe(status: RunStatus, record: Mapping[str, object]) -> str:
     """One line: step, loss, speed, time left."""
     parts = [f"{status.unit} {status.step}/{status.max_steps}"]
-    if status.unit == "run":
+    if status.unit == "run" or (status.is_alive and status.stage != "training"):
         parts.append(status.stage)
     if "loss_nats" in record:
         parts.append(f"loss {record['loss_nats']:.4f}")
     if "tokens_per_s" in record:
         parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
     left = seconds_left(status, record)
-    if left is not None and status.is_alive:
+    if left is not None and status.is_alive and status.step < status.max_steps:
         parts.append(f"{format_duration(left)} left")
     return " | ".join(parts)
 
