@@ -10,8 +10,7 @@ if __name__ == "__main__":
     # Importing torch takes a second or more, in which a request to stop must be heard too.
     from hydra.runtime.signals import StopRequest
 
-    asked_to_stop = StopRequest()
-    asked_to_stop.listen()
+    asked_to_stop = StopRequest.listening()
 
 import hashlib
 import logging
@@ -277,8 +276,7 @@ def main(arguments: list[str], stop: StopRequest | None = None) -> int:
         logger.error("%s must hold the config of a comparison, but: %s", run_dir / paths.CONFIG, error)
         return EXIT_BAD_CONFIG
     if stop is None:
-        stop = StopRequest()
-        stop.listen()
+        stop = StopRequest.listening()
     try:
         status = Comparer(config, run_dir, stop).run()
     except HydraError as error:

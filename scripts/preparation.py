@@ -18,8 +18,6 @@ from hydra.runtime.memory.plan import allowed_memory, read_plan
 from scripts.config import TrainingConfig, refuse_difference
 
 logger = logging.getLogger(__name__)
-CHANGE_MEMORY = frozenset({"micro_batch_size", "checkpoints_in_background"})
-"""Fields with a change of which memory is planned anew."""
 
 
 def find_changes(
@@ -79,17 +77,16 @@ def settle_memory(
         MemoryLimitError: nothing that may be chosen fits, or this machine has less than the run needs.
     """
     stored = read_plan(run_dir)
-    is_chosen = stored is not None and choices.micro_batch_size > 0
-    # Plans of before do not tell how large a checkpoint is.
-    if stored and is_chosen and stored.checkpoint_bytes and not CHANGE_MEMORY & changes.keys():
-        limit = allowed_memory(read_memory(choices.device), config.memory_limit_mib)
-        if stored.prediction.total > limit.limit_bytes:
-            raise MemoryLimitError(
-                f"going on with this run takes {stored.prediction.total / 2**20:,.0f} MiB, but this machine "
-                f"allows {limit.limit_bytes / 2**20:,.0f} MiB ({limit.source}); go on where there is more"
-            )
-        return stored, choices
-    if is_chosen and "micro_batch_size" not in changes:
+    if stored and choices.micro_batch_size and "micro_batch_size" not in changes:
+        # Plans of before do not tell how large a checkpoint is.
+        if stored.checkpoint_bytes and "checkpoints_in_background" not in changes:
+            limit = allowed_memory(read_memory(choices.device), config.memory_limit_mib)
+            if stored.prediction.total > limit.limit_bytes:
+                raise MemoryLimitError(
+                    f"going on with this run takes {stored.prediction.total / 2**20:,.0f} MiB, but this machine "
+                    f"allows {limit.limit_bytes / 2**20:,.0f} MiB ({limit.source}); go on where there is more"
+                )
+            return stored, choices
         config = dataclasses.replace(
             config,
             micro_batch_size=choices.micro_batch_size,

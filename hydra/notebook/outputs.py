@@ -30,8 +30,9 @@ class Share:
         out = _open_stream(outs, name)
         head, newline, line = out.text.rpartition("\n")
         shown = _as_terminal(line + text)
-        n_more, room = _n_bytes(shown) - _n_bytes(line), max(0, self._n_bytes - self._kept)
-        if n_more > room:
+        n_more = _n_bytes(shown) - _n_bytes(line)
+        if n_more > self._room:
+            room = self._room
             # Masked first: half a secret, at the end, would not be found any more.
             beginning = mask(shown).encode(errors="replace")[: _n_bytes(line) + room].decode(errors="ignore")
             self._add_cut(_n_bytes(shown) - _n_bytes(beginning), outs)
@@ -43,7 +44,7 @@ class Share:
 
     def has_room_for(self, display: Mapping[str, object], outs: list[NotebookNode]) -> bool:
         """Whether a display may be kept, which then counts it; half a picture is none."""
-        if self._cut or _size(display) > self._n_bytes - self._kept:
+        if _size(display) > self._room:
             self._add_cut(_size(display), outs)
             return False
         self._kept += _size(display)
@@ -51,27 +52,29 @@ class Share:
 
     def has_room_to_exchange(self, old: Sequence[Mapping[str, object]], new: Mapping[str, object]) -> bool:
         """Whether the display `new` may stand in the place of each `old` one."""
-        return self._kept - sum(map(_size, old)) + len(old) * _size(new) <= self._n_bytes
+        return self._kept + _growth(old, new) <= self._n_bytes
 
     def exchange(self, old: Sequence[Mapping[str, object]], new: Mapping[str, object]) -> None:
         """Count the display `new` in the place of each `old` one."""
-        self._kept += len(old) * _size(new) - sum(map(_size, old))
+        self._kept += _growth(old, new)
 
     def add_error(self, outs: list[NotebookNode], error: NotebookNode) -> None:
         """Keep an error. The last one stays whatever room there is: it says how the cell ended."""
         before = next((out for out in reversed(outs) if out.output_type == "error"), None)
-        if before is None or (not self._cut and _size(error) <= self._n_bytes - self._kept):
+        if before is None or _size(error) <= self._room:
             self._kept += _size(error)
             outs.append(error)
         else:
             self._add_cut(_size(before), outs)
             before.update(error)
 
-    def _add_cut(self, n_bytes: int, outs: list[NotebookNode]) -> None:
-        """From the first cut on nothing more is kept: what is there is a beginning, and nothing that came later.
+    @property
+    def _room(self) -> int:
+        """None once something was cut: what is kept is a beginning, and nothing that came later."""
+        return 0 if self._cut else max(0, self._n_bytes - self._kept)
 
-        The note is an output of its own, so that what was kept is not copied for each line that follows.
-        """
+    def _add_cut(self, n_bytes: int, outs: list[NotebookNode]) -> None:
+        """The note is an output of its own, so that what was kept is not copied for each line that follows."""
         if not self._cut:
             for out in outs:  # the rest of a secret may be in what is cut
                 if out.output_type == "stream":
@@ -114,6 +117,10 @@ def _size(output: Mapping[str, object]) -> int:
     """Bytes that it takes in a notebook, about."""
     kept = {key: output[key] for key in ("data", "metadata", "ename", "evalue", "traceback") if key in output}
     return _n_bytes(str(kept))
+
+
+def _growth(old: Sequence[Mapping[str, object]], new: Mapping[str, object]) -> int:
+    return len(old) * _size(new) - sum(map(_size, old))
 
 
 def _n_bytes(text: str) -> int:

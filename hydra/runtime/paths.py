@@ -106,8 +106,9 @@ def resolve_run_dir(given: str | Path, what: str = "run_dir") -> Path:
     """
     if not isinstance(given, str | Path) or not str(given).strip():
         raise ConfigError(f"{what} must be a path, such as 'runs/first', but got {given!r}")
-    run_dir = resolve_inside(str(given), workspace_root(), what)
-    if run_dir == (root := workspace_root()) and (root / "pyproject.toml").is_file():
+    root = workspace_root()
+    run_dir = resolve_inside(str(given), root, what)
+    if run_dir == root and (root / "pyproject.toml").is_file():
         raise ConfigError(f"{what} must be a folder of its own, but {str(given)!r} is the workspace; give runs/NAME")
     return run_dir
 

@@ -4,6 +4,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -24,11 +25,13 @@ class StopRequest:
         """Whether the process was asked to end."""
         return self.signal_name is not None
 
-    def listen(self) -> None:
-        """Catch them from now on. Call it from the main thread of a process that is one's own.
+    @classmethod
+    def listening(cls) -> Self:
+        """One that catches them from now on. Call it from the main thread of a process that is one's own.
 
         A closed terminal (SIGHUP) is a request like the others, unless nohup or a like has said that it is none.
         """
+        stop = cls()
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -36,7 +39,8 @@ class StopRequest:
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
         # The thread holds both ends: a socket that is collected would close the descriptor that signals write to.
-        threading.Thread(target=self._wait, args=(reader, writer), name="stop-request", daemon=True).start()
+        threading.Thread(target=stop._wait, args=(reader, writer), name="stop-request", daemon=True).start()
+        return stop
 
     def _wait(self, reader: socket.socket, writer: socket.socket) -> None:
         while True:

@@ -115,6 +115,7 @@ def test_another_config_under_the_same_name_is_refused_with_the_difference_and_a
     with pytest.raises(RunError) as caught:
         refuse_changed_config(TrainingConfig(seed=3), run_dir)
     assert "seed: 0 there, 3 asked for" in str(caught.value)
+    assert "-r run_dir runs/pretrain-3" in str(caught.value)
     shorter = TrainingConfig(max_steps=300, allow_changes=("max_steps",))
     refuse_changed_config(shorter, run_dir)
     (run_dir / "state.json").write_text(json.dumps({"status": "interrupted", "step": 301}))
@@ -122,7 +123,6 @@ def test_another_config_under_the_same_name_is_refused_with_the_difference_and_a
         refuse_changed_config(shorter, run_dir)
     with pytest.raises(RunError, match=r"must be a folder, but .* is a file"):
         refuse_changed_config(TrainingConfig(), run_dir / "config.json")
-    assert "-r run_dir runs/pretrain-3" in str(caught.value)
 
 
 def test_papermill_arguments_ask_for_the_same_config() -> None:
