@@ -576,7 +576,7 @@ ADDED_LATER: Mapping[str, object] = {
 }
 
 # What a run may change while it goes on, when allow_changes names it: nothing that its weights, their optimizer's
-# state, its data or the choices of its first session are made by.
+# state or its data are made by. What it chose in its first session stays, but for what CHANGE_MEMORY plans anew.
 CHANGEABLE = frozenset(
     {
         "max_steps",
@@ -611,6 +611,8 @@ CHANGEABLE = frozenset(
 )
 # Differences that need no leave: the first changes rounding alone, the others nothing.
 ALWAYS_CHANGEABLE = frozenset({"micro_batch_size", "allow_changes", "wandb_mode", "wandb_project"})
+# What may change and changes the memory that a step takes.
+CHANGE_MEMORY = ("micro_batch_size", "batch_size", "context_length", "checkpoints_in_background")
 
 # What an engine leaves in a run directory before the trainer has begun.
 NOT_YET_A_RUN = (r".*\.ipynb", r"report\.html", r"\..*", CODE)

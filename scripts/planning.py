@@ -44,7 +44,7 @@ from hydra.runtime.memory.plan import (
 )
 from hydra.runtime.memory.tracker import Rehearsal
 from scripts.config import TrainingConfig
-from scripts.preparation import execution_of
+from scripts.preparation import execution_of, what_to_plan
 
 MICRO_BATCH_TOKENS = 4096
 """Tokens of a micro-batch that is left to choose: more do not make matrix products faster on a CPU, whose caches then
@@ -229,7 +229,7 @@ def _nearest_that_fits(config: TrainingConfig, choices: Choices, vocab_size: int
 
 
 def forecast(config: TrainingConfig, run_dir: str | Path | None = None) -> Forecast:
-    """What a run of `config` will take; of a run that is there already, the plan that it keeps.
+    """What a run of `config` will take; of a run that is there already, the plan that it keeps, where it holds.
 
     Nothing is started or written but the cache of predictions under data_dir.
 
@@ -241,7 +241,8 @@ def forecast(config: TrainingConfig, run_dir: str | Path | None = None) -> Forec
     vocab_size = _vocab_size(config, run_dir)
     resolved = paths.read_json(run_dir / paths.ENVIRONMENT).get("resolved") if run_dir else None
     choices = Choices(**resolved) if resolved else resolve(**config.asked_choices())[0]
-    memory = stored or plan_memory(config, choices, vocab_size)
+    to_plan = what_to_plan(config, choices, stored)
+    memory = stored if stored and to_plan is None else plan_memory(to_plan or config, choices, vocab_size)
     with torch.device("meta"):
         model = HydraModel(config.model_spec(vocab_size))
     n_parameters = model.n_parameters()
@@ -262,7 +263,7 @@ def forecast(config: TrainingConfig, run_dir: str | Path | None = None) -> Forec
         # Embedding, loss and optimizer together are about as many calls as two blocks.
         overhead_s_per_step=OVERHEAD_S * (config.n_layers + 2) * memory.n_micro_batches,
         checkpoint_bytes=checkpoint_bytes_of(config, vocab_size),
-        n_checkpoints=config.keep_checkpoints,
+        n_checkpoints=config.keep_checkpoints + config.keep_best,
         n_logged_steps=config.max_steps // config.log_every,
     )
 

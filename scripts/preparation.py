@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 from hydra.attention.checks.before_training import check_before_training
@@ -12,10 +11,10 @@ from hydra.model.framework import Execution
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import load_checkpoint
 from hydra.runtime.choices import Choices, settle
-from hydra.runtime.environment import is_code_checked, record_changes, record_checked_code
+from hydra.runtime.environment import is_code_checked, record_checked_code
 from hydra.runtime.memory import MemoryPlan, read_memory
 from hydra.runtime.memory.plan import allowed_memory, read_plan
-from scripts.config import TrainingConfig, refuse_difference
+from scripts.config import CHANGE_MEMORY, TrainingConfig, refuse_difference
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ logger = logging.getLogger(__name__)
 def find_changes(
     config: TrainingConfig, run_dir: Path, newest: Path | None, n_ranks: int
 ) -> dict[str, tuple[object, object]]:
-    """In what `config` differs from that of the checkpoint `newest`, as (before, now); taken down in environment.json.
+    """In what `config` differs from that of the checkpoint `newest`, as (before, now).
 
     Raises:
         RunError: one of the differences is not allowed.
@@ -37,8 +36,6 @@ def find_changes(
     n_ranks_before = state.get("n_ranks", 1)  # runs of before were of one process
     if n_ranks_before != n_ranks:
         changes["n_ranks"] = (n_ranks_before, n_ranks)
-    if changes:
-        record_changes(run_dir, int(state["step"]), changes)
     return changes
 
 
@@ -67,36 +64,27 @@ def open_data(config: TrainingConfig, run_dir: Path) -> Dataset:
 
 
 def settle_memory(
-    config: TrainingConfig, run_dir: Path, choices: Choices, changes: Mapping[str, object], vocab_size: int
+    config: TrainingConfig, run_dir: Path, choices: Choices, vocab_size: int
 ) -> tuple[MemoryPlan, Choices]:
     """Choose micro-batch and checkpointing so that a step fits the memory, in the run's first session for good.
-
-    A change of micro_batch_size chooses anew; one that only takes other memory is planned with what was chosen.
 
     Raises:
         MemoryLimitError: nothing that may be chosen fits, or this machine has less than the run needs.
     """
     stored = read_plan(run_dir)
-    if stored and choices.micro_batch_size and "micro_batch_size" not in changes:
-        # Plans of before do not tell how large a checkpoint is.
-        if stored.checkpoint_bytes and "checkpoints_in_background" not in changes:
-            limit = allowed_memory(read_memory(choices.device), config.memory_limit_mib)
-            if stored.prediction.total > limit.limit_bytes:
-                raise MemoryLimitError(
-                    f"going on with this run takes {stored.prediction.total / 2**20:,.0f} MiB, but this machine "
-                    f"allows {limit.limit_bytes / 2**20:,.0f} MiB ({limit.source}); go on where there is more"
-                )
-            return stored, choices
-        config = dataclasses.replace(
-            config,
-            micro_batch_size=choices.micro_batch_size,
-            activation_checkpointing=choices.activation_checkpointing,  # type: ignore[arg-type]
-            optimizer_offload="yes" if choices.optimizer_offload else "no",
-        )
+    to_plan = what_to_plan(config, choices, stored)
+    if stored and to_plan is None:
+        limit = allowed_memory(read_memory(choices.device), config.memory_limit_mib)
+        if stored.prediction.total > limit.limit_bytes:
+            raise MemoryLimitError(
+                f"going on with this run takes {stored.prediction.total / 2**20:,.0f} MiB, but this machine "
+                f"allows {limit.limit_bytes / 2**20:,.0f} MiB ({limit.source}); go on where there is more"
+            )
+        return stored, choices
     # It pays to import this only here: a resumed run has its plan.
     from scripts.planning import plan_memory
 
-    plan = plan_memory(config, choices, vocab_size)
+    plan = dataclasses.replace(plan_memory(to_plan or config, choices, vocab_size), planned_for=_planned_for(config))
     logger.info("memory: %s", plan.describe())
     paths.write_json(run_dir / paths.MEMORY_PLAN, plan.to_dict())
     return plan, settle(
@@ -106,6 +94,32 @@ def settle_memory(
         activation_checkpointing=plan.activation_checkpointing,
         optimizer_offload=plan.optimizer_offload,
     )
+
+
+def what_to_plan(config: TrainingConfig, choices: Choices, stored: MemoryPlan | None) -> TrainingConfig | None:
+    """The config whose memory is to be planned: None where `stored` holds for `config`.
+
+    What the run chose stays, with what differs now only in what it takes; other rows or another batch choose anew.
+    """
+    if stored is None or not choices.micro_batch_size:
+        return config
+    asked = _planned_for(config)
+    # A plan of before was made for the config of its run.
+    changed = {name for name in asked if stored.planned_for and stored.planned_for[name] != asked[name]}
+    if changed - {"checkpoints_in_background"}:
+        return config
+    if not changed and stored.checkpoint_bytes:  # which plans of before did not tell either
+        return None
+    return dataclasses.replace(
+        config,
+        micro_batch_size=choices.micro_batch_size,
+        activation_checkpointing=choices.activation_checkpointing,  # type: ignore[arg-type]
+        optimizer_offload="yes" if choices.optimizer_offload else "no",
+    )
+
+
+def _planned_for(config: TrainingConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in CHANGE_MEMORY}
 
 
 def execution_of(choices: Choices) -> Execution:

@@ -11,13 +11,21 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hydra.errors import ConfigError, HydraError, NotFiniteError, RunError, SpikeError
 from hydra.runtime import Run, paths
-from hydra.runtime.checkpoint import check_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint, step_of
+from hydra.runtime.checkpoint import (
+    check_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+    step_of,
+)
 from hydra.runtime.copies import copied
 from hydra.runtime.random_state import RandomState
 from hydra.runtime.records import keep_records
@@ -85,18 +93,21 @@ class Replay:
         return "\n".join(lines)
 
 
-def replay(run: Run, step: int) -> Replay:
+def replay(run: Run, step: int, *, trust_code: bool = False) -> Replay:
     """Compute step number `step` (from 1) of the run once more, from the nearest checkpoint before it.
 
     First with the blocks as they are written and a look at every module, without moving anything; then as the run does
-    it, bit for bit where processor, torch and source are those of the run.
+    it, bit for bit where processor, torch, source and number of processes (one) are those of the run.
+
+    Args:
+        trust_code: run the code that the run holds in `code/`, with which whoever wrote it can do what you can.
 
     Raises:
-        RunError: the run has no such step, or `run` is none.
+        RunError: the run has no such step, or holds code that is not trusted, or `run` is none.
         HydraError: as a trainer raises it: the shards are not there, the memory does not suffice, ...
     """
-    config = _config_at(run, step, first=1)
-    with copied(run, before=step) as copy, Trainer(config, copy).at_step(step - 1) as trainer:
+    _check_step(run, step, 1, trust_code)
+    with copied(run, before=step) as copy, _at_step(run, copy, step - 1) as trainer:
         rows, batch, generators = trainer.next_rows(), trainer.next_batch(), RandomState.now()
         probe = Probe(trainer.model)
         with as_written(trainer.model), probe.watching():
@@ -121,18 +132,20 @@ def replay(run: Run, step: int) -> Replay:
     )
 
 
-def fork(run: Run, step: int, run_dir: str | Path | None = None, **changes: object) -> Run:
-    """Start a new run that goes on from `step` finished steps of `run`, with `changes` of its config.
+def fork(run: Run, step: int, run_dir: str | Path | None = None, *, trust_code: bool = False, **changes: object) -> Run:
+    """Start a new run that goes on from `step` finished steps of `run` as that did, but for `changes` of its config.
 
     Args:
         run_dir: the new run; left out, a name beside the old one. Its parent is recorded in parent.json.
+        trust_code: run the code that the run holds in `code/`, with which whoever wrote it can do what you can.
         changes: fields that a run may change (scripts.config.CHANGEABLE).
 
     Raises:
         ConfigError: a field that may not be changed, or a value that it may not have.
-        RunError: the run has no such step, or there is something in run_dir.
+        RunError: the run has no such step, or holds code that is not trusted, or there is something in run_dir.
     """
-    config = _config_at(run, step, first=0)
+    _check_step(run, step, 0, trust_code)
+    config = _config_of(run, step + 1)
     fields = {field.name for field in dataclasses.fields(config)}
     if fixed := sorted(changes.keys() & fields - CHANGEABLE - ALWAYS_CHANGEABLE):
         raise ConfigError(
@@ -149,10 +162,12 @@ def fork(run: Run, step: int, run_dir: str | Path | None = None, **changes: obje
     if target.exists():
         raise RunError(f"a fork needs a folder of its own, but there is {target}; give another run_dir")
     with copied(run, before=step + 1) as copy:
-        if step > 0 and step not in {step_of(directory) for directory in list_checkpoints(copy)}:
-            with Trainer(config, copy).at_step(step) as trainer:
-                save_checkpoint(copy, step, trainer.checkpoint(), keep_last=1)
+        if step > _newest_step(copy):
+            with _at_step(run, copy, step) as trainer:
+                if step > _newest_step(copy):
+                    save_checkpoint(copy, step, trainer.checkpoint(), keep_last=1)
         _drop_later(copy, run, step)
+        paths.write_atomically(copy / paths.CONFIG, config.to_json())
         parent = {"run": run.name, "step": step, "config": json.loads(config.to_json())}
         paths.write_json(copy / PARENT, parent)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,49 +175,138 @@ def fork(run: Run, step: int, run_dir: str | Path | None = None, **changes: obje
     return launch(forked, target)
 
 
-def _config_at(run: Run, step: int, first: int) -> TrainingConfig:
-    """The config of the run, which must have the step; RunError if not."""
+def _check_step(run: Run, step: int, first: int, trust_code: bool) -> None:
+    """Return if `run` has the step and may be computed again; RunError if not."""
     if not isinstance(run, Run):
         raise RunError(f"run must be a run, such as Run.open('runs/first'), but got {run!r}")
-    config = TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
-    if not isinstance(step, int) or not first <= step <= config.max_steps:
+    _check_code(run, trust_code)
+    max_steps = _read_config(run).max_steps
+    if not isinstance(step, int) or not first <= step <= max_steps:
+        raise RunError(f"step must be a whole number from {first} to {max_steps} for run {run.name}, but got {step!r}")
+
+
+def _check_code(run: Run, trust_code: bool) -> None:
+    if (files := _read_config(run).attention_code) and not trust_code:
         raise RunError(
-            f"step must be a whole number from {first} to {config.max_steps} for run {run.name}, but got {step!r}"
+            f"to compute steps of {run.name} is to run code that it holds, {run.directory / paths.CODE} "
+            f"({', '.join(sorted(files))}); read it, and if you trust who wrote it, give trust_code=True "
+            "(verify_run: --trust-code)"
         )
-    return config
 
 
-def verify(run: Run, n_steps: int = 20) -> Iterator[str]:
-    """What is not as it should be with a finished run, one line each; nothing if all is well.
+def _read_config(run: Run) -> TrainingConfig:
+    return TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
+
+
+def _read_changes(run: Run) -> list[dict[str, Any]]:
+    return list(paths.read_json(run.directory / paths.ENVIRONMENT).get("changes", []))
+
+
+def _newest_step(run_dir: Path) -> int:
+    return max((step_of(directory) for directory in list_checkpoints(run_dir)), default=0)
+
+
+def _config_of(run: Run, step: int) -> TrainingConfig:
+    """The config that step number `step` (from 1) was computed with, or will be."""
+    newest = newest_whole(run.directory)
+    fields = json.loads(_read_config(run).to_json())
+    if newest is not None and step <= step_of(newest):
+        # config.json may have been changed since, with no step taken yet.
+        fields = json.loads(load_checkpoint(newest, groups=()).trainer_state["config"])
+    for change in reversed(_read_changes(run)):
+        if change["step"] >= step:
+            fields.update({name: before for name, (before, _) in change["fields"].items() if name != "n_ranks"})
+    return TrainingConfig.from_json(json.dumps(fields))
+
+
+@contextlib.contextmanager
+def _at_step(run: Run, copy: Path, step: int) -> Iterator[Trainer]:
+    """A trainer that has finished `step` steps in `copy` as the run did, with the config of the one after them."""
+    start = _newest_step(copy)
+    for change in sorted({change["step"] for change in _read_changes(run)}):
+        if start < change <= step:
+            with _trainer(copy, _config_of(run, change)).at_step(change) as trainer:
+                save_checkpoint(copy, change, trainer.checkpoint(), keep_last=1)
+    with _trainer(copy, _config_of(run, step + 1)).at_step(step) as trainer:
+        yield trainer
+
+
+def _trainer(copy: Path, config: TrainingConfig) -> Trainer:
+    paths.write_atomically(copy / paths.CONFIG, config.to_json())
+    return Trainer(config, copy)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was looked at of a run, and what is not as it should be."""
+
+    problems: list[str]
+    computed: list[range]
+    """Numbers of the steps that were computed again."""
+
+    def describe(self) -> str:
+        """One line for the end."""
+        steps = ", ".join(f"{numbers[0]} to {numbers[-1]}" for numbers in self.computed)
+        if self.problems:
+            return f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}; computed again: {steps or 'no step'}"
+        return f"every file is as it was written; computed again, bit for bit as recorded: {steps or 'no step'}"
+
+
+def verify(run: Run, n_steps: int = 20, *, trust_code: bool = False) -> Verification:
+    """Look at a finished run: is it what it was?
 
     Every file is compared with what was taken down when the run was done. Then `n_steps` steps are computed again from
     the start and from every checkpoint that is kept: losses and gradient norms must be bit for bit those of
-    metrics.jsonl, and weights and optimizer those of the next checkpoint, where the steps come to it.
+    metrics.jsonl, and weights and optimizer those of the next checkpoint, where the steps come to it. Steps that more
+    than one process computed are left out, since one alone gives them to rounding only.
+
+    Args:
+        trust_code: run the code that the run holds in `code/`, with which whoever wrote it can do what you can.
+
+    Raises:
+        RunError: the run holds code that is not trusted, or n_steps is no whole number above 0.
     """
-    yield from find_altered_files(run.directory)
-    config = TrainingConfig.from_json((run.directory / paths.CONFIG).read_text())
+    if not isinstance(n_steps, int) or n_steps < 1:
+        raise RunError(f"steps to compute again must be a whole number of at least 1, but got {n_steps!r}")
+    _check_code(run, trust_code)
+    problems, computed = list(find_altered_files(run.directory)), []
     starts = [0]
     for directory in list_checkpoints(run.directory):
         try:
             check_checkpoint(directory)
         except HydraError as error:
-            yield str(error)
+            problems.append(str(error))
         else:
             starts.append(step_of(directory))
     recorded = {record["step"]: record for record in run.metrics() if "grad_norm" in record}
+    newest = _newest_step(run.directory)
+    ends = [newest, *(change["step"] for change in _read_changes(run))]
     for start in starts:
-        stop = min(start + n_steps, config.max_steps)
-        with copied(run, before=start + 1) as copy, Trainer(config, copy).at_step(start) as trainer:
+        if start == newest or _n_ranks_of(run, start + 1) > 1:
+            continue
+        stop = min([start + n_steps, *(end for end in ends if end > start)])
+        computed.append(range(start + 1, stop + 1))
+        with copied(run, before=start + 1) as copy, _at_step(run, copy, start) as trainer:
             while trainer.step < stop:
                 result = trainer.take_step()
                 there = recorded.get(trainer.step)
                 if there and (there["loss_nats"], there["grad_norm"]) != (result.loss_nats, result.grad_norm):
-                    yield (
+                    problems.append(
                         f"step {trainer.step}: loss and gradient norm are {result.loss_nats!r} and "
                         f"{result.grad_norm!r}, but recorded are {there['loss_nats']!r} and {there['grad_norm']!r}"
                     )
                 if trainer.step in starts[1:]:
-                    yield from _differences(trainer, run, trainer.step)
+                    problems += _differences(trainer, run, trainer.step)
+    return Verification(problems, computed)
+
+
+def _n_ranks_of(run: Run, step: int) -> int:
+    """How many processes computed step number `step`, of those up to the newest checkpoint."""
+    for change in _read_changes(run):
+        if change["step"] >= step and "n_ranks" in change["fields"]:
+            return int(change["fields"]["n_ranks"][0])
+    newest = newest_whole(run.directory)
+    return 1 if newest is None else int(load_checkpoint(newest, groups=()).trainer_state.get("n_ranks", 1))
 
 
 def _differences(trainer: Trainer, run: Run, step: int) -> Iterator[str]:

@@ -53,6 +53,7 @@ from hydra.runtime.checkpoint import (
 from hydra.runtime.choices import Choices, choose_once, give_back_freed_memory, set_up_torch, settle
 from hydra.runtime.copies import copied
 from hydra.runtime.disk import is_disk_full, raising_disk_full, require_room
+from hydra.runtime.environment import record_changes
 from hydra.runtime.guard import SpikeGuard
 from hydra.runtime.ledger import Ledger, Status
 from hydra.runtime.logs import log_to_standard_error, logging_to
@@ -594,7 +595,7 @@ class Trainer:
 
         give_back_freed_memory()
         self.ledger.update(stage="planning memory")
-        self.plan, self.choices = settle_memory(self.config, self.run_dir, choices, self._changes, self._vocab_size)
+        self.plan, self.choices = settle_memory(self.config, self.run_dir, choices, self._vocab_size)
         require_room(self.run_dir, self.plan.checkpoint_bytes)
         self._build(self._newest)
 
@@ -614,6 +615,8 @@ class Trainer:
             self._closing.callback(self._finish_save)
         if newest is not None:
             self._resume(newest)
+        changes = find_changes(self.config, self.run_dir, newest, self.ranks.count)
+        record_changes(self.run_dir, self.step, changes)
 
         self.metrics = self._closing.enter_context(
             MetricsWriter(
@@ -665,7 +668,7 @@ class Trainer:
         self._newest = newest_whole(self.run_dir, sets_aside=True)
         # Of a run that is done: it is computed again up to its end. One whose checkpoints were all taken away stays.
         self._has_lost_steps = before[-1:] != ([self._newest] if self._newest else [])
-        self._changes = find_changes(self.config, self.run_dir, self._newest, self.ranks.count)
+        find_changes(self.config, self.run_dir, self._newest, self.ranks.count)
 
     def _resume(self, directory: Path) -> None:
         """Put weights, optimizer, generator and counters back as they were when the checkpoint was written."""

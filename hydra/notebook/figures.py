@@ -133,7 +133,7 @@ def plan_section(forecast: "Forecast", n_runs: int = 1, notes: Sequence[str] = (
     time = format_duration(forecast.seconds)
     if n_runs > 1:
         time = f"{format_duration(n_runs * forecast.seconds)} for at most {n_runs} runs of {time}"
-    disk = f"{format_bytes(forecast.disk_bytes)}, {forecast.n_checkpoints} checkpoints kept"
+    disk = f"{format_bytes(forecast.disk_bytes)}, up to {forecast.n_checkpoints} checkpoints kept"
     head = facts(
         {
             "parameters": forecast.n_parameters,

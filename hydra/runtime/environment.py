@@ -64,13 +64,20 @@ def record_session(run_dir: Path, session: Mapping[str, object], choices: Mappin
 
 
 def record_changes(run_dir: Path, step: int, changes: Mapping[str, tuple[object, object]]) -> None:
-    """Note in environment.json that from `step` on the run's config differs, as name -> (before, after)."""
+    """Note in environment.json in what the run's config differs from `step` on, as name -> (before, after), if at all.
+
+    What it says of later steps is of steps that are taken again now, and goes.
+    """
     path = run_dir / paths.ENVIRONMENT
     environment = paths.read_json(path)
-    listed = {name: list(both) for name, both in changes.items()}
-    logger.info("from step %d on the config differs: %s", step, listed)
     before = environment.get("changes", [])
-    paths.write_json(path, {**environment, "changes": [*before, {"step": step, "fields": listed}]})
+    noted = [change for change in before if change["step"] < step]
+    if changes:
+        listed = {name: list(both) for name, both in changes.items()}
+        logger.info("from step %d on the config differs: %s", step, listed)
+        noted.append({"step": step, "fields": listed})
+    if noted != before:
+        paths.write_json(path, {**environment, "changes": noted})
 
 
 def record_choices(run_dir: Path, choices: Mapping[str, object]) -> None:

@@ -1,5 +1,6 @@
 """Any step of a run once more, a new run from a step of another, and what a finished run is compared with."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -167,9 +168,69 @@ def test_a_fork_with_changes(finished: Path) -> None:
         fork(Run.open(finished), 40, finished.with_name("changed"))
 
 
+@pytest.fixture(scope="module")
+def changed_on_the_way(make_run: MakeRun, start_trainer: StartTrainer) -> Path:
+    """40 steps, and 20 more with another learning rate; its newest checkpoint alone is kept."""
+    run_dir = make_run("changed-on-the-way", **{**FIELDS, "max_steps": 40, "keep_checkpoints": 1, "keep_best": False})
+    for changes in ({}, {"max_steps": 60, "learning_rate": 1e-3, "allow_changes": ["learning_rate", "max_steps"]}):
+        config = json.loads((run_dir / "config.json").read_text())
+        (run_dir / "config.json").write_text(json.dumps({**config, **changes}))
+        _, errors = start_trainer(run_dir).communicate(timeout=120)
+    assert Run.open(run_dir).status().step == 60, errors
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000060"]
+    return run_dir
+
+
+def test_what_a_run_changed_on_the_way_is_changed_there_again(changed_on_the_way: Path) -> None:
+    run = Run.open(changed_on_the_way)
+    for step in (7, 40, 41, 53):
+        again = replay(run, step)
+        assert again.is_as_recorded, again.describe()
+    found = verify(run, 50)
+    assert found.problems == []
+    assert found.computed == [range(1, 41)]
+
+
+def test_a_fork_of_before_a_change_is_as_the_run_was_then(
+    changed_on_the_way: Path, weights_hash: Callable[[Path], str], figures: Callable[[Path], list[dict[str, object]]]
+) -> None:
+    parent = Run.open(changed_on_the_way)
+    before = fork(parent, 30, changed_on_the_way.with_name("as-before"))
+    assert wait(before).step == 40
+    assert figures(before.directory) == [record for record in figures(parent.directory) if record["step"] <= 40]
+    assert "changes" not in before.environment() or before.environment()["changes"] == []
+    after = fork(parent, 40, changed_on_the_way.with_name("as-after"))
+    assert wait(after).step == 60
+    assert weights_hash(after.directory) == weights_hash(parent.directory)
+    assert after.environment()["changes"] == parent.environment()["changes"]
+    assert verify(after).problems == []
+
+
+def test_what_changed_is_recorded_once_and_goes_when_taken_back(make_run: MakeRun) -> None:
+    """Asked for, and stopped before the next checkpoint; the same again; then without one of the two."""
+    run_dir = make_run("taken-back", **{**FIELDS, "max_steps": 20})
+    config = TrainingConfig.from_json((run_dir / "config.json").read_text())
+    Trainer(config, run_dir).train()
+    longer = dataclasses.replace(config, max_steps=30, allow_changes=("learning_rate", "max_steps"))
+    other_rate = dataclasses.replace(longer, learning_rate=1e-4)
+    for asked, fields in (
+        (other_rate, {"learning_rate", "max_steps", "allow_changes"}),
+        (other_rate, {"learning_rate", "max_steps", "allow_changes"}),
+        (longer, {"max_steps", "allow_changes"}),
+    ):
+        with Trainer(asked, run_dir).at_step(21):
+            (change,) = Run.open(run_dir).environment()["changes"]
+            assert change["step"] == 20
+            assert set(change["fields"]) == fields
+        state = json.loads((run_dir / "state.json").read_text())
+        (run_dir / "state.json").write_text(json.dumps({**state, "status": "interrupted"}))
+
+
 def test_a_moved_run_is_verified_and_any_altered_byte_is_named(finished: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(finished, tmp_path / "moved"))
-    assert list(verify(Run.open(moved), 20)) == []
+    found = verify(Run.open(moved), 20)
+    assert found.problems == []
+    assert found.computed == [range(1, 21), range(51, 61)]  # the checkpoints of 50 and 60 are kept
     names = [path.relative_to(moved) for path in sorted(moved.rglob("*")) if path.is_file() and path.name != "lock"]
     assert {"config.json", "metrics.jsonl", "trainer.log", "SHA256SUMS"} <= {str(name) for name in names}
     for name in names:
@@ -188,6 +249,6 @@ def test_a_run_that_was_tampered_with_as_a_whole_is_found_by_computing(finished:
     lines[10] = json.dumps({**record, "loss_nats": record["loss_nats"] - 0.1})
     (better / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     write_sums(better)
-    problems = list(verify(Run.open(better), 20))
+    problems = verify(Run.open(better), 20).problems
     assert len(problems) == 1
     assert f"step {record['step']}" in problems[0]

@@ -112,7 +112,9 @@ class MemoryPlan:
     limit_source: str
     optimizer_offload: bool = False
     checkpoint_bytes: int = 0
-    """Of the tensors of one checkpoint. (Plans of before did not say it.)"""
+    """Of the tensors of one checkpoint."""
+    planned_for: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Fields of the config that it holds for and that a run may change. (Plans of before did not say it.)"""
     tried: tuple[tuple[Rung, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

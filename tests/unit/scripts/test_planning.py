@@ -25,6 +25,7 @@ from scripts.trainer import Trainer
 
 GIB = 2**30
 SIZES = {"50M": 50e6, "100M": 100e6, "250M": 250e6, "500M": 500e6, "750M": 750e6, "1B": 1e9, "1.5B": 1.5e9}
+BYTES = 257  # entries of the vocabulary
 EAGER = Choices(device="cpu", threads=1, dtype="bfloat16", attention_kernel="blocked")
 
 
@@ -220,27 +221,44 @@ def test_the_run_keeps_its_plan(make_run: Callable[..., Path], monkeypatch: pyte
 
 def test_other_memory_is_planned_with_what_the_run_has_chosen(data_dir: str, tmp_path: Path) -> None:
     config = config_of(data_dir, micro_batch_size=0)
-    at_once, chosen = settle_memory(config, tmp_path, EAGER, {}, config.vocab_size)
+    at_once, chosen = settle_memory(config, tmp_path, EAGER, config.vocab_size)
     assert (chosen.micro_batch_size, chosen.activation_checkpointing) == (8, "none")
     halved = settle(tmp_path, chosen, micro_batch_size=2, activation_checkpointing="selective", optimizer_offload=False)
+    assert settle_memory(config, tmp_path, halved, config.vocab_size) == (at_once, halved)
 
     changed = dataclasses.replace(config, checkpoints_in_background=True)
-    changes = {"checkpoints_in_background": (False, True)}
-    plan, choices = settle_memory(changed, tmp_path, halved, changes, config.vocab_size)
+    with pytest.raises(MemoryLimitError):
+        settle_memory(dataclasses.replace(changed, memory_limit_mib=1), tmp_path, halved, config.vocab_size)
+    plan, choices = settle_memory(changed, tmp_path, halved, config.vocab_size)
     assert choices == halved
     assert (plan.micro_batch_size, plan.activation_checkpointing) == (2, "selective")
     assert plan.prediction.checkpoint_copies == at_once.checkpoint_bytes > 0
-    with pytest.raises(MemoryLimitError):
-        settle_memory(dataclasses.replace(changed, memory_limit_mib=1), tmp_path, halved, changes, config.vocab_size)
 
-    # A plan of before, which does not tell how large a checkpoint is.
+    # A plan of before, which does not tell how large a checkpoint is, nor what it was made for.
     stored = json.loads((tmp_path / "memory.json").read_text())
-    (tmp_path / "memory.json").write_text(json.dumps({**stored, "checkpoint_bytes": 0}))
-    again, _ = settle_memory(changed, tmp_path, halved, {}, config.vocab_size)
-    assert again.checkpoint_bytes == at_once.checkpoint_bytes
+    (tmp_path / "memory.json").write_text(json.dumps({**stored, "checkpoint_bytes": 0, "planned_for": {}}))
+    again, choices = settle_memory(changed, tmp_path, halved, config.vocab_size)
+    assert choices == halved
+    assert (again.prediction, again.checkpoint_bytes) == (plan.prediction, at_once.checkpoint_bytes)
+    assert again.planned_for == plan.planned_for != {}
 
-    anew, choices = settle_memory(config, tmp_path, halved, {"micro_batch_size": (2, 0)}, config.vocab_size)
-    assert (anew.micro_batch_size, choices.micro_batch_size) == (8, 8)
+
+@pytest.mark.parametrize(
+    ("changes", "micro_batch_size"),
+    [({"micro_batch_size": 1}, 1), ({"batch_size": 6}, 6), ({"context_length": 32}, 8)],
+)
+def test_other_rows_are_planned_anew(
+    data_dir: str, tmp_path: Path, changes: dict[str, int], micro_batch_size: int
+) -> None:
+    """Whether a checkpoint is there or not: the plan itself says what it was made for."""
+    config = config_of(data_dir, micro_batch_size=0)
+    _, chosen = settle_memory(config, tmp_path, EAGER, BYTES)
+    halved = settle(tmp_path, chosen, micro_batch_size=4, activation_checkpointing="none", optimizer_offload=False)
+    changed = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+    told = forecast(changed, tmp_path).memory
+    plan, choices = settle_memory(changed, tmp_path, halved, BYTES)
+    assert choices.micro_batch_size == plan.micro_batch_size == told.micro_batch_size == micro_batch_size
+    assert plan.prediction == told.prediction
 
 
 def test_a_run_that_cannot_fit_ends_before_its_first_step(make_run: Callable[..., Path]) -> None:
