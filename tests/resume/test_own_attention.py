@@ -17,6 +17,7 @@ from hydra.runtime.environment import record_checked_code
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
 from scripts.launch import write_config_once
+from scripts.replay import fork, replay, verify
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "notebooks" / "examples" / "attention_classes"
@@ -86,6 +87,11 @@ def altered_and_sent(run_dir: Path, sent: Path) -> None:
     assert "code must be trusted by name before it runs" in done.stdout, done.stderr
     assert "Run.load_model(build_model, trust_code=True)" in done.stdout
     assert done.stdout.splitlines()[-1] == "4", done.stderr
+    for look in (lambda: replay(run, 3), lambda: fork(run, 3), lambda: verify(run)):
+        with pytest.raises(RunError, match=r"is to run code that it holds.* trust_code=True"):
+            look()
+    again = replay(run, 3, trust_code=True)
+    assert again.is_as_recorded, again.describe()
     copy = sent / "code" / "sigmoid.py"
     copy.write_text(copy.read_text() + "\n# changed\n")
     with pytest.raises(ConfigError, match=r"has SHA-256 [0-9a-f]{64} and the run's config says [0-9a-f]{64}"):
