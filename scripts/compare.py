@@ -21,14 +21,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hydra.attention.checks.before_training import check_before_training
 from hydra.attention.code import load_copies
 from hydra.compare import ArmResult, Comparison, LearningRateChoice, choose_learning_rates, compare_arms
-from hydra.errors import ComparisonError, ConfigError, HydraError, NotFiniteError
+from hydra.errors import ComparisonError, ConfigError, HydraError, NotFiniteError, SpikeError
 from hydra.runtime import Run, paths
 from hydra.runtime.disk import raising_disk_full
 from hydra.runtime.environment import describe_session, record_session
@@ -40,20 +40,32 @@ from scripts.arms import Arm, LeftOut, build_all_arms, count_runs, describe_left
 from scripts.attention_costs import measure_costs
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
-from scripts.recovery import cause_and_message
+from scripts.recovery import CAUSES, cause_and_message
 from scripts.trainer import EXIT_BAD_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, Trainer
 
 logger = logging.getLogger(__name__)
 TUNING_SEED = 1_000_000
 """Learning rates are chosen on this seed, which is none of those that arms are compared on."""
 UNIT = "bits per byte"
+DIVERGED = (NotFiniteError, SpikeError)
+"""How the run of an arm ends that diverges: a result of the comparison, and no failure of it."""
 BASELINE_DIVERGED = (
-    "the baseline {} must train without diverging, but did not; lower learning_rate and muon_learning_rate"
+    "the baseline {} must train without diverging, but did not ({}); lower learning_rate and muon_learning_rate"
 )
 
 
 class Stopped(Exception):
     """A stop was asked for; what was done is kept."""
+
+
+class Trained(NamedTuple):
+    """What the comparison takes from a run of an arm."""
+
+    val_bits_per_byte: float
+    """Infinite where it diverged."""
+    seconds: float
+    cause: str | None
+    """How the ledger calls what it diverged by; None where it did not."""
 
 
 class _ArmTrainer(Trainer):
@@ -150,18 +162,22 @@ class Comparer:
         base = config.training_config(config.baseline)
         rate = base.muon_learning_rate if base.optimizer == "muon" else base.learning_rate
         factor_of = {factor * rate: factor for factor in config.learning_rate_factors}
-        tuning: dict[str, dict[float, float]] = {arm.label: {} for arm in arms}
+        tried: dict[str, dict[float, Trained]] = {arm.label: {} for arm in arms}
         for rate, factor in factor_of.items():
             for arm in arms:
                 run_config = self._config_of(arm, factor, TUNING_SEED)
-                tuning[arm.label][rate] = self._train(run_config, f"equal {equal}: {arm.label}, rate {rate:g}")[0]
-        for arm in [arm for arm in arms if not any(map(math.isfinite, tuning[arm.label].values()))]:
+                tried[arm.label][rate] = self._train(run_config, f"equal {equal}: {arm.label}, rate {rate:g}")
+        for arm in [arm for arm in arms if all(trained.cause for trained in tried[arm.label].values())]:
+            causes = _causes(tried.pop(arm.label))
             if arm is baseline:
-                raise ComparisonError(BASELINE_DIVERGED.format(baseline.label))
-            left_out.append(LeftOut(arm.name, "it diverged at every learning rate that was tried"))
+                raise ComparisonError(BASELINE_DIVERGED.format(baseline.label, causes))
+            left_out.append(LeftOut(arm.name, f"it diverged at every learning rate that was tried ({causes})"))
             self.n_done += config.n_seeds
             arms.remove(arm)
-            del tuning[arm.label]
+        tuning = {
+            name: {rate: trained.val_bits_per_byte for rate, trained in by_rate.items()}
+            for name, by_rate in tried.items()
+        }
         choices = choose_learning_rates(tuning)
         found["learning_rates"] = {name: _describe_choice(choices[name], tuning[name], name) for name in tuning}
         results = []
@@ -170,15 +186,16 @@ class Comparer:
             for seed in range(config.n_seeds):
                 run_config = self._config_of(arm, factor_of[choices[arm.label].learning_rate], seed)
                 by_seed[seed] = self._train(run_config, f"equal {equal}: {arm.label}, seed {seed}")
-            if not all(math.isfinite(figure) for figure, _ in by_seed.values()):
+            if any(trained.cause for trained in by_seed.values()):
+                if arm is baseline:
+                    raise ComparisonError(BASELINE_DIVERGED.format(baseline.label, _causes(by_seed)))
                 left_out.append(_diverged(arm, by_seed))
                 continue
-            figure_of, seconds_of = ({seed: pair[index] for seed, pair in by_seed.items()} for index in (0, 1))
+            figure_of = {seed: trained.val_bits_per_byte for seed, trained in by_seed.items()}
+            seconds_of = {seed: trained.seconds for seed, trained in by_seed.items()}
             results.append(ArmResult(arm.label, figure_of, seconds_of))
         found["left_out"] = [asdict(one) for one in left_out]
         found["figures"] = {result.name: {str(s): value for s, value in result.figures.items()} for result in results}
-        if baseline.label not in found["figures"]:
-            raise ComparisonError(BASELINE_DIVERGED.format(baseline.label))
         comparison: Comparison | None = None
         if len(results) > 1:
             comparison = compare_arms(results, baseline.label, confidence=config.confidence, unit=UNIT)
@@ -195,8 +212,8 @@ class Comparer:
             seed=seed,
         )
 
-    def _train(self, config: TrainingConfig, stage: str) -> tuple[float, float]:
-        """Validation bits per byte of a run (infinite where it diverged), and its seconds; trained unless it was."""
+    def _train(self, config: TrainingConfig, stage: str) -> Trained:
+        """What comes of the run of this config, which is trained unless it was."""
         self._refuse_if_stopped()
         self.ledger.update(stage=stage)
         run_dir = self.run_dir / "runs" / hashlib.sha256(config.to_json().encode()).hexdigest()[:16]
@@ -209,23 +226,22 @@ class Comparer:
             run_dir.mkdir(parents=True, exist_ok=True)
             try:
                 trainer.train()
-            except NotFiniteError as error:
+            except DIVERGED as error:
                 logger.warning("%s: %s", stage, error)
         self._refuse_if_stopped()
         status = run.status()
-        figure = math.inf
+        figure, cause = math.inf, status.cause
         if status.status == "done":
             assert status.val_bits_per_byte is not None
-            figure = status.val_bits_per_byte
+            figure, cause = status.val_bits_per_byte, None
             shutil.rmtree(run_dir / paths.CHECKPOINTS, ignore_errors=True)  # hundreds of runs' weights fill a disk
         self.n_done += 1
         self.tokens[run_dir.name] = status.tokens
         self.ledger.update(step=self.n_done, tokens=sum(self.tokens.values()))
         record = {"step": self.n_done, "run": run_dir.name, "what": stage, "seconds": round(status.train_s, 3)}
-        if math.isfinite(figure):
-            record["val_bits_per_byte"] = figure
+        record |= {"val_bits_per_byte": figure} if cause is None else {"diverged": cause}
         append_record(self.run_dir / paths.METRICS, record)
-        return figure, status.train_s
+        return Trained(figure, status.train_s, cause)
 
     def _refuse_if_stopped(self) -> None:
         if self.stop.is_set:
@@ -236,9 +252,9 @@ class Comparer:
 
 
 def _is_settled(run: Run) -> bool:
-    """Whether the run is done, or its numbers are: what failed for another reason is tried again."""
+    """Whether the run is done, or diverged: what failed for another reason is tried again."""
     status = run.status()
-    return status.status == "done" or (status.status == "failed" and status.cause == "not finite")
+    return status.status == "done" or (status.status == "failed" and status.cause in map(CAUSES.get, DIVERGED))
 
 
 def _describe_arms(arms: list[Arm], left_out: list[LeftOut]) -> dict[str, Any]:
@@ -250,9 +266,14 @@ def _describe_choice(choice: LearningRateChoice, figures: Mapping[float, float],
     return {"tried": tried, "chosen": choice.learning_rate, "warning": choice.warning(name)}
 
 
-def _diverged(arm: Arm, by_seed: Mapping[int, tuple[float, float]]) -> LeftOut:
-    seeds = [seed for seed, (figure, _) in by_seed.items() if not math.isfinite(figure)]
-    return LeftOut(arm.name, f"it diverged on seed {', '.join(map(str, seeds))} at the rate that was best in tuning")
+def _diverged(arm: Arm, by_seed: Mapping[int, Trained]) -> LeftOut:
+    seeds = ", ".join(str(seed) for seed, trained in by_seed.items() if trained.cause)
+    return LeftOut(arm.name, f"it diverged on seed {seeds} at the rate that was best in tuning ({_causes(by_seed)})")
+
+
+def _causes(runs: Mapping[Any, Trained]) -> str:
+    """What runs diverged by, each once."""
+    return ", ".join(sorted({trained.cause for trained in runs.values() if trained.cause}))
 
 
 def main(arguments: list[str], stop: StopRequest | None = None) -> int:

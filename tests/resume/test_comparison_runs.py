@@ -12,20 +12,24 @@ from typing import Any
 
 import pytest
 
-from hydra.errors import RunError
+from hydra.data import Batch
+from hydra.errors import RunError, SpikeError
 from hydra.runtime import Run
+from hydra.runtime.signals import StopRequest
 from hydra.testing import storm
+from scripts.compare import TUNING_SEED, Comparer
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
 from scripts.launch import write_config_once
+from scripts.trainer import Trainer
 
 COMPARER = "scripts.compare"
 CORPUS = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture
-def make_comparison(tmp_path: Path) -> Callable[[str], Path]:
-    def make(name: str) -> Path:
+def make_comparison(tmp_path: Path) -> Callable[..., Path]:
+    def make(name: str, **parameters: object) -> Path:
         config = ComparisonConfig.from_parameters(
             {
                 "preset": "tiny",
@@ -36,6 +40,7 @@ def make_comparison(tmp_path: Path) -> Callable[[str], Path]:
                 "context_length": 64,
                 "corpus": str(CORPUS),
                 "data_dir": str(tmp_path / "data"),
+                **parameters,
             }
         )
         write_config_once(config, tmp_path / name)
@@ -64,7 +69,7 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_killed_and_stopped_it_ends_at_the_same_figures(
-    make_comparison: Callable[[str], Path], moments: random.Random
+    make_comparison: Callable[..., Path], moments: random.Random
 ) -> None:
     expected = finish(make_comparison("whole"))
     run_dir = make_comparison("killed")
@@ -100,7 +105,7 @@ def test_killed_and_stopped_it_ends_at_the_same_figures(
 
 
 def test_stopped_while_torch_is_imported_it_says_so(
-    make_comparison: Callable[[str], Path],
+    make_comparison: Callable[..., Path],
     stopped_while_torch_is_imported: "Callable[[Callable[[], subprocess.Popen[str]]], str]",
 ) -> None:
     run_dir = make_comparison("importing")
@@ -109,7 +114,7 @@ def test_stopped_while_torch_is_imported_it_says_so(
     assert (status.status, status.cause, status.step) == ("interrupted", "SIGTERM", 0)
 
 
-def test_a_full_disk_ends_it_by_that_name(make_comparison: Callable[[str], Path]) -> None:
+def test_a_full_disk_ends_it_by_that_name(make_comparison: Callable[..., Path]) -> None:
     run_dir = make_comparison("full")
     errors = storm.finish(run_dir, [{"fault": "full_disk", "pattern": ".results.json.*", "step": 1}], 1, COMPARER)
     assert "Traceback" not in errors
@@ -118,7 +123,42 @@ def test_a_full_disk_ends_it_by_that_name(make_comparison: Callable[[str], Path]
     assert (status.status, status.cause) == ("failed", "disk full")
 
 
-def test_a_folder_of_the_other_kind_is_refused(make_comparison: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("seeds", "reason"),
+    [
+        ({1}, "it diverged on seed 1 at the rate that was best in tuning (loss spike)"),
+        ({TUNING_SEED}, "it diverged at every learning rate that was tried (loss spike)"),
+    ],
+)
+def test_an_arm_whose_loss_leaps_and_stays_finite_is_left_out_and_not_trained_again(
+    make_comparison: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, seeds: set[int], reason: str
+) -> None:
+    run_dir = make_comparison("leaping", max_steps=2, n_seeds=2, context_length=16, n_layers=1)
+    forward_backward = Trainer.forward_backward
+
+    def leaping(self: Trainer, batch: Batch) -> float:
+        if self.config.attention == "ccgqa" and self.config.seed in seeds:
+            raise SpikeError("as the guard does after six in a row, for which a test has no time")
+        return forward_backward(self, batch)
+
+    monkeypatch.setattr(Trainer, "forward_backward", leaping)
+    config = ComparisonConfig.from_json((run_dir / "config.json").read_text())
+    assert Comparer(config, run_dir, StopRequest()).run() == "done"
+    found = json.loads((run_dir / "results.json").read_text())["comparisons"]["parameters"]
+    assert found["left_out"] == [{"name": "ccgqa", "reason": reason}]
+    assert set(found["figures"]) == {"gqa(n_kv_heads=4)"}
+    records = Run(run_dir).metrics()
+    assert sum(record.get("diverged") == "loss spike" for record in records) == (1 if seeds == {1} else 3)
+
+    def untouched(self: Trainer, batch: Batch) -> float:
+        raise AssertionError("what is settled is trained again")
+
+    monkeypatch.setattr(Trainer, "forward_backward", untouched)
+    (run_dir / "state.json").unlink()
+    assert Comparer(config, run_dir, StopRequest()).run() == "done"
+
+
+def test_a_folder_of_the_other_kind_is_refused(make_comparison: Callable[..., Path]) -> None:
     run_dir = make_comparison("comparison")
     with pytest.raises(RunError, match="is a comparison; give another run_dir"):
         write_config_once(TrainingConfig(), run_dir)
