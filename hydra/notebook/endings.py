@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hydra.errors import HydraError
+from hydra.errors import HydraError, RunError
 from hydra.runtime.disk import is_disk_full
 from hydra.runtime.secrets import mask
 
@@ -25,8 +25,11 @@ class BatchError(HydraError, click.ClickException):
 class NotSavedError(BatchError):
     """A notebook or report that could not be written; what was there before still is."""
 
-    def __init__(self, path: Path, error: OSError) -> None:
+    def __init__(self, path: Path, error: OSError | RunError) -> None:
         """`error` is why not."""
+        if isinstance(error, RunError):  # names another file, which must be mended first
+            super().__init__(str(error), FAILED)
+            return
         why, remedy = f"the disk is full ({error.strerror})", "make room"
         if not is_disk_full(error):
             why, remedy = str(error.strerror or error), "mend that"
@@ -41,9 +44,9 @@ def raising_not_saved(path: Path) -> Iterator[None]:
     """Around the writing of a file that a batch run leaves.
 
     Raises:
-        NotSavedError: the operating system refuses it.
+        NotSavedError: the operating system refuses it, or a file of the run that must be written too is damaged.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, RunError) as error:
         raise NotSavedError(path, error) from error

@@ -30,6 +30,7 @@ WANDB = "wandb"
 TRACKED = "tracked.json"  # in wandb/: the run's id there, and how far it was handed over
 CHECKPOINTS = "checkpoints"
 RUNS = "runs"
+SUMS = "SHA256SUMS"
 MAX_NAME_BYTES = 255  # of a file or folder, on Linux
 
 REMEDIES = {
@@ -39,6 +40,7 @@ REMEDIES = {
     MEMORY_PLAN: "put back a copy of it, or remove it: memory is then planned anew",
     MANIFEST: "put back a copy of it, or remove it and give the same command again: it is written anew from data_dir",
     TOKENIZER: "copy it from the folder in data_dir that data.json names by its fingerprint",
+    SUMS: "put back a copy of it, or remove it: python -m scripts.trainer RUN_DIR takes the files down as they are",
     RESULTS: "remove it and give the same command again: it is written anew from the runs that are done",
 }
 """What to do when a file of a run is damaged. Any other is kept only so that it need not be made again."""

@@ -15,6 +15,7 @@ from hydra.runtime.ledger import RunStatus, read_status
 from hydra.runtime.memory import MemoryPlan
 from hydra.runtime.memory.plan import read_plan
 from hydra.runtime.records import read_records
+from hydra.runtime.sums import read_sums
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -174,7 +175,7 @@ class Run:
         Raises:
             RunError: naming a damaged file, and what to do.
         """
-        self.status(), self.metrics(), self.samples(), self.memory_plan()
+        self.status(), self.metrics(), self.samples(), self.memory_plan(), read_sums(self.directory)
         for name in (paths.CONFIG, paths.ENVIRONMENT, paths.MANIFEST, paths.RESULTS):
             paths.read_json(self.directory / name)
         if (self.directory / paths.TOKENIZER).exists():

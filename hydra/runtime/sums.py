@@ -4,20 +4,20 @@ import hashlib
 import os
 from pathlib import Path
 
+from hydra.errors import RunError
 from hydra.runtime import paths
 
-SUMS = "SHA256SUMS"
-NOT_OF_THE_RUN = {SUMS, paths.LOCK}
+NOT_OF_THE_RUN = {paths.SUMS, paths.LOCK}
 
 
 def has_sums(run_dir: Path) -> bool:
     """Whether the run has been taken down."""
-    return (run_dir / SUMS).is_file()
+    return (run_dir / paths.SUMS).is_file()
 
 
 def remove_sums(run_dir: Path) -> None:
     """Forget what was taken down, since the run is about to change."""
-    (run_dir / SUMS).unlink(missing_ok=True)
+    (run_dir / paths.SUMS).unlink(missing_ok=True)
 
 
 def write_sums(run_dir: Path) -> None:
@@ -28,10 +28,13 @@ def write_sums(run_dir: Path) -> None:
 def update_sums(file: Path) -> None:
     """Take down `file` anew, if it lies in a run that has been taken down: a notebook or report of it that was made
     after its end, or made again.
+
+    Raises:
+        RunError: SHA256SUMS is damaged.
     """
     run_dir = file.parent
     if has_sums(run_dir):
-        _write(run_dir, {**_read(run_dir), file.name: _hash(file)})
+        _write(run_dir, {**read_sums(run_dir), file.name: _hash(file)})
 
 
 def find_altered_files(run_dir: Path) -> list[str]:
@@ -40,11 +43,11 @@ def find_altered_files(run_dir: Path) -> list[str]:
     A run that has not been taken down, since it is not done, gives one line that says so.
     """
     if not has_sums(run_dir):
-        return [f"{SUMS}: there is none; it is written when a run is done"]
+        return [f"{paths.SUMS}: there is none; it is written when a run is done"]
     try:
-        known = _read(run_dir)
-    except ValueError as error:
-        return [f"{SUMS}: is not as it was written ({error})"]
+        known = read_sums(run_dir)
+    except RunError as error:
+        return [str(error)]
     there = set(_files(run_dir))
     problems = [f"{name}: is missing" for name in sorted(known.keys() - there)]
     problems += [f"{name}: has come since the run was done" for name in sorted(there - known.keys())]
@@ -71,21 +74,28 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _read(run_dir: Path) -> dict[str, str]:
-    """Hashes by name.
+def read_sums(run_dir: Path) -> dict[str, str]:
+    """Hashes by name; {} of a run that has not been taken down.
 
     Raises:
-        ValueError: a line is not one that `_write` writes.
+        RunError: it cannot be read, or a line is not one that `_write` writes.
     """
-    known = {}
-    for line in (run_dir / SUMS).read_text(errors="strict").splitlines():
+    path = run_dir / paths.SUMS
+    known: dict[str, str] = {}
+    try:
+        lines = path.read_text(errors="strict").splitlines()
+    except FileNotFoundError:
+        return known
+    except (OSError, ValueError) as error:
+        raise paths.damaged(path, str(error)) from None
+    for line in lines:
         digest, separator, name = line.partition("  ")
         if len(digest) != 64 or not separator or not name or name in known:
-            raise ValueError(f"line {line!r}")
+            raise paths.damaged(path, f"line {line!r}")
         known[name] = digest
     return known
 
 
 def _write(run_dir: Path, known: dict[str, str]) -> None:
     lines = (f"{digest}  {name}\n" for name, digest in sorted(known.items()))
-    paths.write_atomically(run_dir / SUMS, "".join(lines))
+    paths.write_atomically(run_dir / paths.SUMS, "".join(lines))

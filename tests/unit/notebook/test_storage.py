@@ -105,3 +105,9 @@ def test_saves_are_masked_and_the_notebook_that_is_executed_is_not(
     for text in ((tmp_path / "saved.ipynb").read_text(), (tmp_path / "copy.ipynb").read_text(), printed):
         (cell,) = nbformat.reads(text, as_version=4).cells
         assert (cell.source, cell.outputs[0].text) == ('key = "[masked]"', "told: [masked]\n")
+
+
+def test_a_save_into_a_run_with_a_damaged_list_of_its_files_says_so(tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text("garbage\n")
+    with pytest.raises(NotSavedError, match=r"SHA256SUMS must be as it was written, .*put back a copy"):
+        save_copy(nbformat.v4.new_notebook(), tmp_path / "nb.ipynb", None)

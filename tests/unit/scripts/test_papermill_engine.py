@@ -43,7 +43,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("text", ["garbage", '{"a": ', "[1]", "\xff"])
 @pytest.mark.parametrize(
-    "name", ["config.json", "state.json", "environment.json", "memory.json", "data.json", "results.json"]
+    "name",
+    ["config.json", "state.json", "environment.json", "memory.json", "data.json", "results.json", "SHA256SUMS"],
 )
 def test_a_damaged_file_is_named_with_what_to_do(
     make_plan: Callable[..., Plan], run_dir: Path, name: str, text: str
