@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydra.attention.checks.before_training import check_before_training
 from hydra.data import Dataset, open_dataset, prepare_dataset
-from hydra.errors import MemoryLimitError
+from hydra.errors import DataError, MemoryLimitError
 from hydra.model.framework import Execution
 from hydra.runtime import paths, workspace_root
 from hydra.runtime.checkpoint import load_checkpoint
@@ -49,15 +49,35 @@ def check_own_classes(config: TrainingConfig, run_dir: Path) -> None:
     record_checked_code(run_dir, hashes)
 
 
-def open_data(config: TrainingConfig, run_dir: Path) -> Dataset:
-    """The run's shards, prepared (again) when they are not there; those of other text or tokens are refused."""
+def open_data(config: TrainingConfig, run_dir: Path, newest: Path | None) -> Dataset:
+    """The run's shards, prepared (again) when they are not there.
+
+    Args:
+        newest: the checkpoint that the run goes on from.
+
+    Raises:
+        DataError: they are not there, or are of another text or tokens than the checkpoint's; nothing is written then.
+    """
     data_dir = workspace_root() / config.data_dir
-    manifest = paths.read_json(run_dir / paths.MANIFEST)
+    trained_on = None if newest is None else load_checkpoint(newest, groups=()).trainer_state["data_fingerprint"]
+    path = run_dir / paths.MANIFEST
+    manifest = paths.read_json(path)
+    if manifest and trained_on not in (None, manifest.get("fingerprint")):
+        raise DataError(
+            f"{path} must name the data that the run has trained on, with the fingerprint {trained_on}, but names "
+            f"{manifest.get('fingerprint')}; {paths.REMEDIES[paths.MANIFEST]}"
+        )
     if manifest and (data_dir / manifest["fingerprint"]).exists():
         return open_dataset(manifest, data_dir)
     dataset = prepare_dataset(config.data_spec(), data_dir, workspace_root())
     if manifest:
         return open_dataset(manifest, data_dir)
+    if trained_on not in (None, dataset.manifest["fingerprint"]):
+        raise DataError(
+            f"a run must go on with the data that it has trained on, with the fingerprint {trained_on}, but {path} is "
+            f"missing and {', '.join(config.corpus)} as it is now gives {dataset.manifest['fingerprint']}; bring back "
+            f"that text, or copy {data_dir / str(trained_on) / 'manifest.json'} to {path}"
+        )
     paths.write_atomically(run_dir / paths.TOKENIZER, dataset.tokenizer.to_str())
     paths.write_json(run_dir / paths.MANIFEST, dataset.manifest)
     return dataset

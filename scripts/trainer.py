@@ -590,7 +590,7 @@ class Trainer:
             self.ledger.update(stage="checking attention classes")
         check_own_classes(self.config, self.run_dir)
         self.ledger.update(stage="preparing data")
-        self.dataset = open_data(self.config, self.run_dir)
+        self.dataset = open_data(self.config, self.run_dir, self._newest)
         self._vocab_size = int(self.dataset.manifest["tokenizer"]["vocab_size"])
 
         give_back_freed_memory()

@@ -38,7 +38,8 @@ REMEDIES = {
     STATE: "remove it and give the same command again: what is done stays done",
     ENVIRONMENT: "put back a copy of it, or remove it: device, dtype and kernels are then chosen anew",
     MEMORY_PLAN: "put back a copy of it, or remove it: memory is then planned anew",
-    MANIFEST: "put back a copy of it, or remove it and give the same command again: it is written anew from data_dir",
+    MANIFEST: "put back a copy of it, or manifest.json of the folder in data_dir that a checkpoint's "
+    "trainer_state.json names as data_fingerprint; where there is no checkpoint remove it",
     TOKENIZER: "copy it from the folder in data_dir that data.json names by its fingerprint",
     SUMS: "put back a copy of it, or remove it: python -m scripts.trainer RUN_DIR takes the files down as they are",
     RESULTS: "remove it and give the same command again: it is written anew from the runs that are done",

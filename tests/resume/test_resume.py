@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hydra.errors import RunError
+from hydra.errors import DataError, RunError
 from hydra.runtime import Run
 from hydra.testing import storm
 from scripts.config import TrainingConfig
@@ -148,6 +148,37 @@ def test_shards_that_were_cleared_away_are_made_again(
     shutil.copy(ROOT / "tests" / "assets" / "notes" / "00.txt", corpus)
     finish(start_trainer, run_dir)
     assert weights_hash(run_dir) == weights_hash(uninterrupted)
+
+
+def test_a_run_whose_manifest_is_removed_goes_on_with_its_own_text_only(make_run: MakeRun, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(ROOT / "tests" / "assets" / "notes", corpus)
+    run_dir = make_run("unnamed", max_steps=2, checkpoint_every=1, data_dir=str(tmp_path / "data"), corpus=str(corpus))
+    trainer = Trainer(TrainingConfig.from_json((run_dir / "config.json").read_text()), run_dir)
+    trainer.train()
+    manifest, tokenizer = ((run_dir / name).read_bytes() for name in ("data.json", "tokenizer.json"))
+    (run_dir / "data.json").unlink()
+    (run_dir / "state.json").unlink()
+    text = (corpus / "00.txt").read_bytes()
+    (corpus / "00.txt").write_text("another text")
+    with pytest.raises(DataError, match=r"data.json is missing .* bring back that text, or copy (.*)/manifest.json to"):
+        trainer.train()
+    assert not (run_dir / "data.json").exists()
+    assert (run_dir / "tokenizer.json").read_bytes() == tokenizer
+
+    other = {**json.loads(manifest), "fingerprint": "0" * 64}
+    (run_dir / "data.json").write_text(json.dumps(other))
+    with pytest.raises(DataError, match=r"data.json must name the data that the run has trained on"):
+        trainer.train()
+
+    # What the two refusals advise.
+    shutil.copy(tmp_path / "data" / json.loads(manifest)["fingerprint"] / "manifest.json", run_dir / "data.json")
+    assert trainer.train().status == "done"
+    (run_dir / "data.json").unlink()
+    (run_dir / "state.json").unlink()
+    (corpus / "00.txt").write_bytes(text)
+    assert trainer.train().status == "done"
+    assert (run_dir / "data.json").read_bytes() == manifest
 
 
 def test_changed_config_is_refused(make_run: MakeRun, start_trainer: StartTrainer) -> None:
