@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hydra.compare.results import MIN_SEEDS
 from hydra.attention.plan import parse_plan
 from hydra.errors import ConfigError
 from hydra.model.framework import HydraModel
@@ -94,6 +95,12 @@ def describe_left_out(found: Mapping[str, tuple[list[Arm], list[LeftOut]]]) -> l
         if len(arms) == 1:
             lines.append(f"nothing is trained at equal {what}: no arm is left")
     return lines
+
+
+def describe_shortcomings(config: ComparisonConfig, found: Mapping[str, tuple[list[Arm], list[LeftOut]]]) -> list[str]:
+    """What is known before the first run that the comparison will not tell, a sentence each."""
+    few = f"no verdict will be given: that needs at least {MIN_SEEDS} seeds, and n_seeds is {config.n_seeds}"
+    return [*([few] if config.n_seeds < MIN_SEEDS else []), *describe_left_out(found)]
 
 
 def count_runs(config: ComparisonConfig, found: Mapping[str, tuple[list[Arm], list[LeftOut]]]) -> int:

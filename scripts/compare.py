@@ -36,7 +36,7 @@ from hydra.runtime.ledger import Ledger
 from hydra.runtime.logs import log_to_standard_error, logging_to
 from hydra.runtime.records import append_record, keep_records
 from hydra.runtime.signals import StopRequest
-from scripts.arms import Arm, LeftOut, build_all_arms, count_runs, describe_left_out
+from scripts.arms import Arm, LeftOut, build_all_arms, count_runs, describe_shortcomings
 from scripts.attention_costs import measure_costs
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
@@ -136,7 +136,7 @@ class Comparer:
         self.ledger.update(stage="solving for equal arms")
         # All before the first run: what cannot be made equal is told in seconds, and not after hours.
         self.arms = build_all_arms(config)
-        told = "\n".join(describe_left_out(self.arms)) or None
+        told = "\n".join(describe_shortcomings(config, self.arms)) or None
         self.ledger.update(max_steps=count_runs(config, self.arms), message=told)
         for equal, (arms, left_out) in self.arms.items():
             self.results["comparisons"].setdefault(equal, _describe_arms(arms, left_out))

@@ -230,7 +230,7 @@ class ComparisonConfig:
     def question(self) -> str:
         """What is asked for, in words."""
         base = self.training_config(self.baseline)
-        told = {"arms", "baseline", "equal", "n_seeds", "preset", "max_steps", "attention_code"}
+        told = {"arms", "baseline", "equal", "n_seeds", "preset", "attention_code"}
         changed = [f"{name} {json.dumps(mine)}" for name, (_, mine) in self.differences().items() if name not in told]
         return (
             f"{', '.join(self.arms)} against {self.baseline}, at equal "

@@ -13,7 +13,7 @@ from hydra.notebook.parameters import RUN_DIR, with_trap_hints
 from hydra.notebook.plan import COMPARISON, TRAINING, Plan, Request
 from hydra.runtime import Run, workspace_root
 from hydra.runtime.choices import check_device
-from hydra.runtime.paths import check_folder, next_free
+from hydra.runtime.paths import CONFIG, check_folder, next_free
 from hydra.runtime.secrets import refuse_secrets
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig, refuse_changed_config
@@ -40,20 +40,23 @@ class HydraEngine(NotebookEngine):
         check_device(training.device)
         _check_data_dir(workspace_root() / training.data_dir)
         arguments = config.papermill_arguments()
-        try:
-            refuse_changed_config(config, request.run_dir)
-        except RunError as error:
-            command = request.command(cls.engine_name, arguments, next_free(request.run_dir))
-            raise RunError(f"{error}\nThe whole command: {command}") from None
+        # A notebook that makes a config in its code asks for another than the parameters say: launch() compares that.
+        is_known = request.reads_parameters
+        if is_known or not (request.run_dir / CONFIG).is_file():
+            try:
+                refuse_changed_config(config, request.run_dir)
+            except RunError as error:
+                command = request.command(cls.engine_name, arguments, next_free(request.run_dir))
+                raise RunError(f"{error}\nThe whole command: {command}") from None
         Run(request.run_dir).check_files()
         return Plan(
             run_dir=request.run_dir,
             job=request.job,
             notebook_name=request.notebook_name,
-            question=config.question(),
+            question=config.question() if is_known else "The config is made in this notebook's code.",
             command=request.command(cls.engine_name, arguments, request.run_dir),
-            config=json.loads(config.to_json()),
-            differences=config.differences(),
+            config=json.loads(config.to_json()) if is_known else {},
+            differences=config.differences() if is_known else {},
         )
 
 

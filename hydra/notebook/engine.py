@@ -29,7 +29,14 @@ from hydra.notebook.endings import FAILED, REJECTED, RESUMABLE, BatchError, NotS
 from hydra.notebook.interruption import Interruption
 from hydra.notebook.kernel import BatchClient, TruthfulManager
 from hydra.notebook.outputs import MAX_SHOWN_ERRORS, shorten
-from hydra.notebook.parameters import RUN_DIR, assigned_parameters, check_names, resolve_run_dir, secret_parameters
+from hydra.notebook.parameters import (
+    RUN_DIR,
+    assigned_parameters,
+    check_names,
+    read_parameters,
+    resolve_run_dir,
+    secret_parameters,
+)
 from hydra.notebook.plan import TRAINING, Plan, Request
 from hydra.notebook.progress import Progress
 from hydra.notebook.storage import NotebookInUseError, make_saves_safe, mask_notebook, own_notebook, save_copy
@@ -348,6 +355,9 @@ def _read_request(nb: NotebookNode) -> Request:
         secrets=tuple(sorted(secret_names)),
         run_dir=run_dir,
         job=job,
+        reads_parameters=any(
+            cell.cell_type == "code" and read_parameters.__name__ in cell.source for cell in nb.cells
+        ),
     )
 
 

@@ -288,12 +288,23 @@ def environment_section(run: Run) -> Section:
         packages = ", ".join(f"{name} {version}" for name, version in _mapping(session.get("packages", {})).items())
         title = f"<h4>Session {number} of {len(sessions)}</h4>" if len(sessions) > 1 else ""
         body += title + facts({**values, **({"packages": packages} if packages else {})})
+    if changes := list_changes(run):
+        body += table(("on the way, from step", "field", "before", "then"), changes)
     resolved = _mapping(environment.get("resolved", {}))
     if resolved:
         body += table(
             ("chosen at the first start", "value"), [(name, _shown(value)) for name, value in resolved.items()]
         )
     return Section("environment", body, json.dumps(environment, indent=1))
+
+
+def list_changes(run: Run) -> list[tuple[int, str, str, str]]:
+    """In what the run's config changed on the way: finished steps at that time, field, value before and then."""
+    return [
+        (int(_float(change["step"])), name, _shown(before), _shown(then))
+        for change in map(_mapping, _sequence(run.environment().get("changes", [])))
+        for name, (before, then) in ((name, _sequence(both)) for name, both in _mapping(change["fields"]).items())
+    ]
 
 
 REPORT_SECTIONS: Sequence[tuple[str, Callable[[Run], Section]]] = (

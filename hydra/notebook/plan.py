@@ -24,6 +24,8 @@ class Request:
     """Names of parameters of the notebook's own, not of a config, whose values it marks as secret."""
     job: str = TRAINING
     """What the notebook's metadata say that it does (`hydra.job`): TRAINING or COMPARISON."""
+    reads_parameters: bool = True
+    """Whether its code asks for its parameters (`read_parameters`): else it may make any config of them."""
 
     def command(self, engine_name: str, arguments: list[str], run_dir: Path) -> str:
         """What to type in the present folder to run the notebook with these papermill arguments in `run_dir`."""

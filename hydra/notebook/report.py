@@ -17,7 +17,7 @@ from traitlets.config import Config
 
 from hydra.notebook import comparison
 from hydra.notebook.endings import raising_not_saved
-from hydra.notebook.figures import REPORT_SECTIONS, YARDSTICKS, config_section
+from hydra.notebook.figures import REPORT_SECTIONS, YARDSTICKS, config_section, list_changes
 from hydra.notebook.markup import Section, escape, format_number, tiles
 from hydra.notebook.plan import COMPARISON, TRAINING, Plan
 from hydra.notebook.progress import format_duration
@@ -155,10 +155,16 @@ def _appendix(run: Run, plan: Plan, nb: NotebookNode) -> list[str]:
         for title, section in missing
         if section.marker not in seen
     ]
+    changes = [
+        f"{field} from {before} to {then} after step {step}"
+        for step, field, before, then in list_changes(run)
+        if field != "allow_changes"
+    ]
+    warning = f"<p>It went on with {escape('; '.join(changes))}: from the start on this is another run.</p>"
     parts.append(
         '<section><h2 id="reproduce">How to reproduce it</h2>'
         "<p>In a checkout of the commit that stands under Environment:</p>"
-        f"<pre>{escape(plan.command)}</pre></section>"
+        f"<pre>{escape(plan.command)}</pre>{warning if changes else ''}</section>"
     )
     return parts
 

@@ -1,5 +1,6 @@
 """What a comparison is asked for, and how its arms are made equal."""
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from hydra.errors import ConfigError
-from scripts.arms import CACHE_TOLERANCE, build_all_arms, build_arms, count_runs, describe_left_out
+from scripts.arms import CACHE_TOLERANCE, build_all_arms, build_arms, count_runs, describe_left_out, describe_shortcomings
 from scripts.comparison import EQUALITIES, ComparisonConfig
 
 
@@ -135,6 +136,9 @@ def test_what_is_left_out_is_told_and_a_comparison_of_nobody_is_not_run() -> Non
     assert "nothing is trained at equal parameters: no arm is left" in told
     assert "nothing is trained at equal kv bytes" not in told
     assert count_runs(config, found) == 2 * (3 + 3)
+    assert describe_shortcomings(config, found) == told.splitlines()
+    few = describe_shortcomings(dataclasses.replace(config, n_seeds=2), found)
+    assert few[0] == "no verdict will be given: that needs at least 3 seeds, and n_seeds is 2"
 
 
 def test_a_comparison_without_any_arm_is_refused() -> None:

@@ -24,11 +24,20 @@ TINY: Mapping[str, object] = {"preset": "tiny", "corpus": README}
 def make_plan(tmp_path: Path) -> Callable[..., Plan]:
     """make_plan(job, name, **parameters): what the engine makes of a command in a folder of its own."""
 
-    def make(job: str = TRAINING, name: str = "x", **parameters: object) -> Plan:
+    def make(
+        job: str = TRAINING, name: str = "x", *, reads_parameters: bool = True, **parameters: object
+    ) -> Plan:
         given = {**TINY, "data_dir": str(tmp_path / "data"), **parameters}
         notebook = "notebooks/pretrain.ipynb"
         return HydraEngine.plan(
-            Request(notebook=notebook, notebook_name="pretrain", parameters=given, run_dir=tmp_path / name, job=job)
+            Request(
+                notebook=notebook,
+                notebook_name="pretrain",
+                parameters=given,
+                run_dir=tmp_path / name,
+                job=job,
+                reads_parameters=reads_parameters,
+            )
         )
 
     return make
@@ -39,6 +48,21 @@ def run_dir(tmp_path: Path) -> Path:
     """A run that was started and has done nothing."""
     write_config_once(TrainingConfig.from_parameters({**TINY, "data_dir": str(tmp_path / "data")}), tmp_path / "x")
     return tmp_path / "x"
+
+
+def test_what_a_notebook_makes_in_its_code_is_not_compared_by_its_parameters(
+    make_plan: Callable[..., Plan], run_dir: Path
+) -> None:
+    """It goes on with its run of preset tiny, though what it says to papermill alone would be preset debug."""
+    with pytest.raises(RunError, match="preset_name: 'tiny' there, 'debug' asked for"):
+        make_plan(preset="debug")
+    plan = make_plan(preset="debug", reads_parameters=False)
+    assert (plan.config, plan.differences) == ({}, {})
+    assert "debug" not in plan.question
+    (run_dir / "config.json").unlink()
+    (run_dir / "state.json").write_text("{}")
+    with pytest.raises(RunError, match="which looks like one"):
+        make_plan(reads_parameters=False)
 
 
 @pytest.mark.parametrize("text", ["garbage", '{"a": ', "[1]", "\xff"])
