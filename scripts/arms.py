@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from hydra.compare.results import MIN_SEEDS
 from hydra.attention.plan import parse_plan
+from hydra.compare.results import MIN_SEEDS
 from hydra.errors import ConfigError
 from hydra.model.framework import HydraModel
 from scripts.comparison import ComparisonConfig

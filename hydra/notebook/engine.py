@@ -355,9 +355,7 @@ def _read_request(nb: NotebookNode) -> Request:
         secrets=tuple(sorted(secret_names)),
         run_dir=run_dir,
         job=job,
-        reads_parameters=any(
-            cell.cell_type == "code" and read_parameters.__name__ in cell.source for cell in nb.cells
-        ),
+        reads_parameters=any(cell.cell_type == "code" and read_parameters.__name__ in cell.source for cell in nb.cells),
     )
 
 

@@ -5,7 +5,9 @@ import random
 import shutil
 import subprocess
 import time
+import unittest.mock
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ from safetensors.torch import load_file
 
 from hydra.errors import DataError, RunError
 from hydra.runtime import Run
+from hydra.runtime.sums import find_altered_files
 from hydra.testing import storm
 from scripts.config import TrainingConfig
+from scripts.replay import verify
 from scripts.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +183,28 @@ def test_a_run_whose_manifest_is_removed_goes_on_with_its_own_text_only(make_run
     (corpus / "00.txt").write_bytes(text)
     assert trainer.train().status == "done"
     assert (run_dir / "data.json").read_bytes() == manifest
+
+
+def test_a_change_is_taken_down_once_and_only_if_steps_are_taken_with_it(make_run: MakeRun) -> None:
+    run_dir = make_run("noted", max_steps=4, checkpoint_every=2)
+    config = TrainingConfig.from_json((run_dir / "config.json").read_text())
+    Trainer(config, run_dir).train()
+    Trainer(replace(config, wandb_project="other"), run_dir).train()
+    assert "changes" not in Run.open(run_dir).environment()
+    assert verify(Run.open(run_dir)).problems == []
+
+    longer = replace(config, wandb_project="other", max_steps=6, allow_changes=("max_steps",))
+    with pytest.raises(RunError, match="max_steps: 4 there, 6 asked for"):
+        Trainer(replace(longer, allow_changes=()), run_dir).train()
+    for _ in range(2):
+        trainer = Trainer(longer, run_dir)
+        trainer.train_step = unittest.mock.Mock(side_effect=KeyboardInterrupt)  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    Trainer(longer, run_dir).train()
+    fields = {"max_steps": [4, 6], "allow_changes": [[], ["max_steps"]], "wandb_project": ["hydra", "other"]}
+    assert Run.open(run_dir).environment()["changes"] == [{"step": 4, "fields": fields}]
+    assert find_altered_files(run_dir) == []
 
 
 def test_changed_config_is_refused(make_run: MakeRun, start_trainer: StartTrainer) -> None:

@@ -103,6 +103,19 @@ def test_a_finished_run(make_run: Callable[..., Run], done_status: RunStatus, pl
     ]
 
 
+def test_what_the_run_changed_on_the_way_is_told(
+    make_run: Callable[..., Run], done_status: RunStatus, plan: Plan
+) -> None:
+    run = make_run(done_status)
+    path = run.directory / "environment.json"
+    fields = {"max_steps": [40, 50], "allow_changes": [[], ["max_steps"]]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "changes": [{"step": 40, "fields": fields}]}))
+    soup = render(notebook(), plan)
+    rows = [[cell.get_text() for cell in row.find_all(["th", "td"])] for row in soup.find_all("tr")]
+    assert ["40", "max_steps", "40", "50"] in rows
+    assert "It went on with max_steps from 40 to 50 after step 40: from the start on this is another" in soup.get_text()
+
+
 def test_every_figure_has_its_data_in_a_table(make_run: Callable[..., Run], done_status: RunStatus, plan: Plan) -> None:
     run = make_run(done_status)
     soup = render(notebook(section_cell(curves_section(run))), plan)

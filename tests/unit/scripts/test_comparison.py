@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from hydra.errors import ConfigError
-from scripts.arms import CACHE_TOLERANCE, build_all_arms, build_arms, count_runs, describe_left_out, describe_shortcomings
+from scripts.arms import (
+    CACHE_TOLERANCE,
+    build_all_arms,
+    build_arms,
+    count_runs,
+    describe_left_out,
+    describe_shortcomings,
+)
 from scripts.comparison import EQUALITIES, ComparisonConfig
 
 

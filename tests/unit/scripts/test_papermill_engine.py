@@ -24,9 +24,7 @@ TINY: Mapping[str, object] = {"preset": "tiny", "corpus": README}
 def make_plan(tmp_path: Path) -> Callable[..., Plan]:
     """make_plan(job, name, **parameters): what the engine makes of a command in a folder of its own."""
 
-    def make(
-        job: str = TRAINING, name: str = "x", *, reads_parameters: bool = True, **parameters: object
-    ) -> Plan:
+    def make(job: str = TRAINING, name: str = "x", *, reads_parameters: bool = True, **parameters: object) -> Plan:
         given = {**TINY, "data_dir": str(tmp_path / "data"), **parameters}
         notebook = "notebooks/pretrain.ipynb"
         return HydraEngine.plan(
