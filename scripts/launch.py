@@ -80,7 +80,8 @@ def write_config_once(config: JobConfig, run_dir: Path) -> None:
         if isinstance(config, TrainingConfig):
             check_installed(config.wandb_mode)
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_copies(config.attention_code, run_dir / paths.CODE)  # before the config: from then on it is a run
+        # Before the config: from then on it is a run.
+        write_copies(config.attention_code, run_dir / paths.CODE, paths.write_atomically)
     elif not config.differences(type(config).from_json(path.read_text())):
         return
     elif Run.open(run_dir).status().is_alive:

@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,11 @@ def read_code(path: Path, class_name: str) -> tuple[str, dict[str, Any]]:
     return sha256, options
 
 
-def write_copies(records: Records, directory: Path) -> None:
+def write_copies(records: Records, directory: Path, write: Callable[[Path, bytes], None]) -> None:
     """Put the files that records name, as they were read in this process, into a run's folder of code.
+
+    Args:
+        write: writes a file whole or not at all: a part of one would be refused as another from then on.
 
     Raises:
         ConfigError: a file was not read here, or another of its name is there.
@@ -128,7 +131,7 @@ def write_copies(records: Records, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if copy.exists() and copy.read_bytes() != content:
             raise ConfigError(f"a run's copy of {path} must be the file itself, but {copy} is another; remove it")
-        copy.write_bytes(content)
+        write(copy, content)
 
 
 def load_copies(records: Records, directory: Path) -> None:

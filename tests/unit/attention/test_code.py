@@ -178,13 +178,13 @@ def test_a_changed_copy_is_refused_with_both_hashes(tmp_path: Path) -> None:
     name = write(tmp_path)
     records = record_code([name], {}, tmp_path)
     copy = tmp_path / "code" / "mine.py"
-    write_copies(records, tmp_path / "code")
+    write_copies(records, tmp_path / "code", Path.write_bytes)
     load_copies(records, tmp_path / "code")
     copy.write_text(SOURCE + "\n")
     with pytest.raises(ConfigError, match=rf"has SHA-256 {hash_of(SOURCE + chr(10))} .* says {hash_of(SOURCE)}"):
         load_copies(records, tmp_path / "code")
     with pytest.raises(ConfigError, match="is another; remove it"):
-        write_copies(records, tmp_path / "code")
+        write_copies(records, tmp_path / "code", Path.write_bytes)
     copy.unlink()
     with pytest.raises(ConfigError, match=r"mine.py is missing; put it back"):
         load_copies(records, tmp_path / "code")

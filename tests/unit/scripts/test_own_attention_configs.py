@@ -1,5 +1,7 @@
 """Configs that name a class of one's own: what they hold of it, and what is left out where it is read again."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from hydra.errors import ConfigError
 from scripts.comparison import ComparisonConfig
 from scripts.config import TrainingConfig
+from scripts.launch import write_config_once
 from scripts.planning import forecast
 
 EXAMPLES = Path(__file__).parents[3] / "notebooks" / "examples" / "attention_classes"
@@ -49,6 +52,24 @@ def test_a_comparison_holds_the_code_of_all_its_arms(convolution: str) -> None:
     assert not any("sha256" in argument for argument in config.papermill_arguments())
     with pytest.raises(ConfigError, match="must hold the SHA-256 and options"):
         ComparisonConfig.from_json(text.replace(str(path) + '": {', 'other.py": {'))
+
+
+def test_a_copy_of_the_code_is_there_whole_or_not_at_all(
+    convolution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of it would be refused as another file, whenever the run is started again."""
+    config = TrainingConfig.preset("tiny", attention=convolution, data_dir=str(tmp_path))
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "the disk went away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="the disk went away"):
+            write_config_once(config, tmp_path / "run")
+    assert list((tmp_path / "run" / "code").iterdir()) == []
+    write_config_once(config, tmp_path / "run")
+    assert (tmp_path / "run" / "code" / "convolution.py").is_file()
 
 
 def test_memory_of_a_plan_of_several_kinds_is_planned(convolution: str, tmp_path: Path) -> None:
