@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +173,11 @@ def fork(run: Run, step: int, run_dir: str | Path | None = None, *, trust_code: 
         parent = {"run": run.name, "step": step, "config": json.loads(config.to_json())}
         paths.write_json(copy / PARENT, parent)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(copy, target)
+        # Beside it and renamed: a part of it would look like a run.
+        with tempfile.TemporaryDirectory(prefix=".fork-", dir=target.parent) as folder:
+            shutil.copytree(copy, Path(folder) / target.name)
+            os.rename(Path(folder) / target.name, target)
+        paths.sync_directory(target.parent)
     return launch(forked, target)
 
 

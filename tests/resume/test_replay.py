@@ -224,6 +224,26 @@ def test_what_changed_is_recorded_once_and_goes_when_taken_back(make_run: MakeRu
             assert set(change["fields"]) == fields
         state = json.loads((run_dir / "state.json").read_text())
         (run_dir / "state.json").write_text(json.dumps({**state, "status": "interrupted"}))
+def test_a_fork_is_there_whole_or_not_at_all(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = finished.with_name("half")
+    copytree = shutil.copytree
+
+    def half(source: Path, to: Path, **options: object) -> object:
+        if not (source / "parent.json").exists():
+            return copytree(source, to, **options)  # type: ignore[call-overload]
+        to.mkdir()
+        shutil.copy(source / "config.json", to)
+        there.append(target.exists())
+        raise OSError(5, "the disk went away")
+
+    there: list[bool] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", half)
+        with pytest.raises(OSError, match="the disk went away"):
+            fork(Run.open(finished), 40, target)
+    assert there == [False]
+    assert not target.exists()
+    assert list(finished.parent.glob(".fork-*")) == []
 
 
 def test_a_moved_run_is_verified_and_any_altered_byte_is_named(finished: Path, tmp_path: Path) -> None:
