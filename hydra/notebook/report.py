@@ -29,7 +29,6 @@ from hydra.runtime.sums import update_sums
 
 REPORT = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_BYTES = 2_000_000
 MAX_OUTPUTS_BYTES = 1_400_000
 MAX_TEXT_CHARACTERS = 20_000
 LOG_LINES = 25

@@ -81,11 +81,6 @@ class Subject:
         self.is_single = dtype == torch.float32  # computes something in float32, perhaps whatever it is given
         self._failures: dict[int, Finding | None] = {}
 
-    @property
-    def is_backend(self) -> bool:
-        """Whether it is one of ours, by name."""
-        return isinstance(self.attention, str)
-
     def resized(self, d_model: int, n_heads: int) -> "Subject":
         """The same attention at another width."""
         return Subject(self.attention, d_model, n_heads, self.options)

@@ -13,9 +13,10 @@ from hydra.notebook import comparison
 from hydra.notebook.figures import corpus_section, curves_section, samples_section
 from hydra.notebook.markup import Section
 from hydra.notebook.plan import Plan
-from hydra.notebook.report import MAX_BYTES, answer_line, render_report
+from hydra.notebook.report import answer_line, render_report
 from hydra.runtime import Run, RunStatus
 
+MAX_BYTES = 2_000_000
 HOSTILE = "<script>alert('x')</script><img src=http://example.org/x.png onerror=alert(1)>"
 PIXEL = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
 FETCHING = ("src", "srcset", "poster", "background", "data", "action", "formaction", "xlink:href")
