@@ -224,6 +224,8 @@ def test_what_changed_is_recorded_once_and_goes_when_taken_back(make_run: MakeRu
             assert set(change["fields"]) == fields
         state = json.loads((run_dir / "state.json").read_text())
         (run_dir / "state.json").write_text(json.dumps({**state, "status": "interrupted"}))
+
+
 def test_a_fork_is_there_whole_or_not_at_all(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = finished.with_name("half")
     copytree = shutil.copytree
