@@ -114,16 +114,17 @@ def train(run_dir: str, fields: dict[str, Any]) -> dict[str, Any]:
     The text is bytes; the model has the vocabulary that is asked for, of which it then uses the first 257 rows.
     """
     import resource
+    from unittest import mock
 
     from hydra.data import Dataset
     from scripts.config import TrainingConfig
+    from scripts.preparation import open_data
     from scripts.trainer import Trainer
 
-    class AnyVocabulary(Trainer):
-        def _open_data(self) -> Dataset:
-            dataset = super()._open_data()
-            dataset.manifest["tokenizer"]["vocab_size"] = self.config.vocab_size
-            return dataset
+    def open_with_vocabulary(config: TrainingConfig, run_dir: Path, newest: Path | None) -> Dataset:
+        dataset = open_data(config, run_dir, newest)
+        dataset.manifest["tokenizer"]["vocab_size"] = config.vocab_size
+        return dataset
 
     common = {
         "corpus": str(ROOT / "tests" / "assets" / "notes"),
@@ -136,8 +137,11 @@ def train(run_dir: str, fields: dict[str, Any]) -> dict[str, Any]:
         "log_every": 1,
         "sample_tokens": 8,
     }
-    trainer = AnyVocabulary(TrainingConfig.preset("debug", **common, **fields), run_dir)
-    trainer.train()
+    trainer = Trainer(TrainingConfig.preset("debug", **common, **fields), run_dir)
+    with mock.patch("scripts.trainer.open_data", open_with_vocabulary):
+        trainer.train()
+    expected = trainer.config.model_spec(trainer.config.vocab_size)
+    assert trainer.model.spec == expected, (trainer.model.spec, expected)
     prediction = trainer.plan.prediction
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"predicted": prediction.total, "measured": peak, "parts": prediction.by_kind()}
