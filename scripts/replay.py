@@ -24,7 +24,6 @@ from hydra.runtime.checkpoint import (
     check_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    newest_whole,
     save_checkpoint,
     step_of,
 )
@@ -208,17 +207,25 @@ def _read_changes(run: Run) -> list[dict[str, Any]]:
     return list(paths.read_json(run.directory / paths.ENVIRONMENT).get("changes", []))
 
 
+def _newest_state(run: Run) -> Mapping[str, Any]:
+    """What the newest readable checkpoint says beside its tensors, which are not looked at; {} if there is none."""
+    for directory in reversed(list_checkpoints(run.directory)):
+        with contextlib.suppress(HydraError):
+            return load_checkpoint(directory, groups=()).trainer_state
+    return {}
+
+
 def _newest_step(run_dir: Path) -> int:
     return max((step_of(directory) for directory in list_checkpoints(run_dir)), default=0)
 
 
 def _config_of(run: Run, step: int) -> TrainingConfig:
     """The config that step number `step` (from 1) was computed with, or will be."""
-    newest = newest_whole(run.directory)
     fields = json.loads(_read_config(run).to_json())
-    if newest is not None and step <= step_of(newest):
+    state = _newest_state(run)
+    if step <= state.get("step", 0):
         # config.json may have been changed since, with no step taken yet.
-        fields = json.loads(load_checkpoint(newest, groups=()).trainer_state["config"])
+        fields = json.loads(state["config"])
     for change in reversed(_read_changes(run)):
         if change["step"] >= step:
             fields.update({name: before for name, (before, _) in change["fields"].items() if name != "n_ranks"})
@@ -271,19 +278,34 @@ def verify(run: Run, n_steps: int = 20, *, trust_code: bool = False) -> Verifica
 
     Raises:
         RunError: the run holds code that is not trusted, or n_steps is no whole number above 0.
+        HydraError: every file is as it was, but steps cannot be computed again: the shards are not there, ...
     """
     if not isinstance(n_steps, int) or n_steps < 1:
         raise RunError(f"steps to compute again must be a whole number of at least 1, but got {n_steps!r}")
-    _check_code(run, trust_code)
-    problems, computed = list(find_altered_files(run.directory)), []
-    starts = [0]
+    problems, computed, starts = list(find_altered_files(run.directory)), [], [0]
     for directory in list_checkpoints(run.directory):
         try:
             check_checkpoint(directory)
+            starts.append(step_of(directory))
         except HydraError as error:
             problems.append(str(error))
-        else:
-            starts.append(step_of(directory))
+    try:
+        _check_code(run, trust_code)
+        for numbers, found in _compute_again(run, starts, n_steps):
+            computed.append(numbers)
+            problems += found
+    except HydraError as error:
+        if not problems:
+            raise
+        problems.append(str(error))
+    return Verification(problems, computed)
+
+
+def _compute_again(run: Run, starts: list[int], n_steps: int) -> Iterator[tuple[range, list[str]]]:
+    """Numbers of at most n_steps steps after each of `starts`, and in what they differ from what the run kept.
+
+    `starts` are 0 and the steps of checkpoints that are whole.
+    """
     recorded = {record["step"]: record for record in run.metrics() if "grad_norm" in record}
     newest = _newest_step(run.directory)
     ends = [newest, *(change["step"] for change in _read_changes(run))]
@@ -291,7 +313,7 @@ def verify(run: Run, n_steps: int = 20, *, trust_code: bool = False) -> Verifica
         if start == newest or _n_ranks_of(run, start + 1) > 1:
             continue
         stop = min([start + n_steps, *(end for end in ends if end > start)])
-        computed.append(range(start + 1, stop + 1))
+        problems: list[str] = []
         with copied(run, before=start + 1) as copy, _at_step(run, copy, start) as trainer:
             while trainer.step < stop:
                 result = trainer.take_step()
@@ -303,7 +325,7 @@ def verify(run: Run, n_steps: int = 20, *, trust_code: bool = False) -> Verifica
                     )
                 if trainer.step in starts[1:]:
                     problems += _differences(trainer, run, trainer.step)
-    return Verification(problems, computed)
+        yield range(start + 1, stop + 1), problems
 
 
 def _n_ranks_of(run: Run, step: int) -> int:
@@ -311,8 +333,7 @@ def _n_ranks_of(run: Run, step: int) -> int:
     for change in _read_changes(run):
         if change["step"] >= step and "n_ranks" in change["fields"]:
             return int(change["fields"]["n_ranks"][0])
-    newest = newest_whole(run.directory)
-    return 1 if newest is None else int(load_checkpoint(newest, groups=()).trainer_state.get("n_ranks", 1))
+    return int(_newest_state(run).get("n_ranks", 1))
 
 
 def _differences(trainer: Trainer, run: Run, step: int) -> Iterator[str]:

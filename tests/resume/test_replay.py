@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hydra.errors import ConfigError, RunError
+from hydra.errors import ConfigError, DataError, RunError
 from hydra.layers.feed_forward import SquaredReLU
 from hydra.runtime import Run
 from hydra.runtime.sums import find_altered_files, write_sums
@@ -261,6 +261,22 @@ def test_a_moved_run_is_verified_and_any_altered_byte_is_named(finished: Path, t
         (moved / name).write_bytes(content)
         assert any(str(name) in problem for problem in find_altered_files(moved)), name
         (moved / name).write_bytes((finished / name).read_bytes())
+
+
+def test_what_was_altered_is_told_also_where_no_step_can_be_computed(finished: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(finished, tmp_path / "moved"))
+    manifest = json.loads((moved / "data.json").read_text())
+    (moved / "data.json").write_text(json.dumps({**manifest, "fingerprint": "0" * 16}))
+    found = verify(Run.open(moved), 20)
+    assert found.computed == []
+    assert len(found.problems) == 2
+    assert "data.json: has changed since it was written" in found.problems[0]
+    assert found.describe() == "2 problems; computed again: no step"
+    write_sums(moved)
+    with pytest.raises(DataError):
+        verify(Run.open(moved), 20)
+    with pytest.raises(RunError, match="a whole number of at least 1, but got 0"):
+        verify(Run.open(finished), 0)
 
 
 def test_a_run_that_was_tampered_with_as_a_whole_is_found_by_computing(finished: Path, tmp_path: Path) -> None:
