@@ -25,6 +25,10 @@ class RunCutOffError(RunError):
     """A run whose trainer was ended from outside; the same command goes on with it."""
 
 
+class DamagedFileError(RunError):
+    """A file of a run that is not as it was written."""
+
+
 class MemoryLimitError(HydraError):
     """A run that would take more memory than it may; raised before its first step."""
 

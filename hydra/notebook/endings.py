@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hydra.errors import HydraError, RunError
+from hydra.errors import DamagedFileError, HydraError
 from hydra.runtime.disk import is_disk_full
 from hydra.runtime.secrets import mask
 
@@ -25,9 +25,9 @@ class BatchError(HydraError, click.ClickException):
 class NotSavedError(BatchError):
     """A notebook or report that could not be written; what was there before still is."""
 
-    def __init__(self, path: Path, error: OSError | RunError) -> None:
+    def __init__(self, path: Path, error: OSError | DamagedFileError) -> None:
         """`error` is why not."""
-        if isinstance(error, RunError):  # names another file, which must be mended first
+        if isinstance(error, DamagedFileError):  # names another file, which must be mended first
             super().__init__(str(error), FAILED)
             return
         why, remedy = f"the disk is full ({error.strerror})", "make room"
@@ -48,5 +48,5 @@ def raising_not_saved(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RunError) as error:
+    except (OSError, DamagedFileError) as error:
         raise NotSavedError(path, error) from error

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import ConfigError, RunError
+from hydra.errors import ConfigError, DamagedFileError, RunError
 from hydra.runtime.secrets import mask_texts
 
 CONFIG = "config.json"
@@ -244,6 +244,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def damaged(path: Path, why: str) -> RunError:
-    """The error for a file of a run that is not as it was written."""
-    return RunError(f"{path} must be as it was written, but is damaged ({why}); {REMEDIES.get(path.name, 'remove it')}")
+def damaged(path: Path, why: str) -> DamagedFileError:
+    """The error for a file of a run that is not as it was written, with what to do."""
+    remedy = REMEDIES.get(path.name, "remove it")
+    return DamagedFileError(f"{path} must be as it was written, but is damaged ({why}); {remedy}")

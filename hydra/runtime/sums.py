@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from hydra.errors import RunError
+from hydra.errors import DamagedFileError
 from hydra.runtime import paths
 
 NOT_OF_THE_RUN = {paths.SUMS, paths.LOCK}
@@ -30,7 +30,7 @@ def update_sums(file: Path) -> None:
     after its end, or made again.
 
     Raises:
-        RunError: SHA256SUMS is damaged.
+        DamagedFileError: SHA256SUMS is damaged.
     """
     run_dir = file.parent
     if has_sums(run_dir):
@@ -46,7 +46,7 @@ def find_altered_files(run_dir: Path) -> list[str]:
         return [f"{paths.SUMS}: there is none; it is written when a run is done"]
     try:
         known = read_sums(run_dir)
-    except RunError as error:
+    except DamagedFileError as error:
         return [str(error)]
     there = set(_files(run_dir))
     problems = [f"{name}: is missing" for name in sorted(known.keys() - there)]
@@ -78,7 +78,7 @@ def read_sums(run_dir: Path) -> dict[str, str]:
     """Hashes by name; {} of a run that has not been taken down.
 
     Raises:
-        RunError: it cannot be read, or a line is not one that `_write` writes.
+        DamagedFileError: it cannot be read, or a line is not one that `_write` writes.
     """
     path = run_dir / paths.SUMS
     known: dict[str, str] = {}
